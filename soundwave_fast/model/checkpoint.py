@@ -1,0 +1,168 @@
+"""Stage directories: adapters and LoRA as trained, beside the names of the frozen parts they were trained with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, WhisperModel
+
+from soundwave_fast.model.config import SoundwaveConfig
+
+ADAPTERS = "adapters.safetensors"
+LORA = "lora"
+TRAINED = ("alignment_adapter.", "ctc_head.", "shrinking_adapter.")
+
+
+def is_stage_directory(name: str | os.PathLike) -> bool:
+    return (Path(name) / ADAPTERS).is_file()
+
+
+def load_whisper_encoder(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The encoder of a Whisper folder or hub name, frozen.
+
+    Raises:
+        OSError: nothing can be loaded from `name`.
+    """
+    encoder = WhisperModel.from_pretrained(name, dtype=dtype).encoder
+    return encoder.requires_grad_(False).eval()
+
+
+def load_llm(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A causal LLM, frozen."""
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).requires_grad_(False).eval()
+
+
+def load_token_embedding(name: str, dtype: torch.dtype = torch.float32) -> nn.Embedding:
+    """Only the input embedding (V, D) of an LLM: one tensor read from its safetensors files, not the model.
+
+    A name that is no local folder (a hub name) loads the model once and keeps its embedding.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                keys = [key for key in tensors.keys() if key.endswith("embed_tokens.weight")]
+                if keys:
+                    weight = tensors.get_tensor(keys[0]).to(dtype)
+                    return nn.Embedding.from_pretrained(weight, freeze=True)
+        if files:
+            raise ValueError(f"language_model: no embed_tokens.weight in {folder}")
+    return load_llm(name, dtype).get_input_embeddings()
+
+
+def from_parts(
+    cls: type,
+    config: SoundwaveConfig,
+    dtype: torch.dtype = torch.float32,
+    with_language_model: bool = True,
+) -> Any:
+    """Model with the frozen parts `config` names and fresh float32 adapters.
+
+    Args:
+        dtype: of the frozen parts.
+        with_language_model: False loads no more of the LLM than its token embedding.
+
+    Raises:
+        ValueError: the config names no parts.
+    """
+    if not config.audio_tower or not config.language_model:
+        raise ValueError("config: audio_tower and language_model must name the parts to load")
+    encoder = load_whisper_encoder(config.audio_tower, dtype)
+    llm = load_llm(config.language_model, dtype) if with_language_model else None
+    model = cls(config, audio_tower=encoder, language_model=llm, with_language_model=with_language_model)
+    if not with_language_model:
+        model.token_embedding = load_token_embedding(config.language_model, dtype)
+    return model
+
+
+def initialise_adapters(model: Any) -> None:
+    """Start values for training from scratch, taken from the LLM's token embeddings."""
+    embedding = model.get_input_embeddings().weight
+    model.shrinking_adapter.match_embedding(embedding)
+    with torch.no_grad():
+        if model.ctc_head.tied:
+            model.ctc_head.blank_row.copy_(embedding.float().mean(0))
+
+
+def save_stage_directory(model: Any, path: Path, processor: Any = None, adapters: dict | None = None, lora: dict | None = None) -> None:
+    """Write config, adapters, LoRA (an ordinary PEFT folder) and processor.
+
+    Args:
+        adapters, lora: gathered full state dicts where the model's own parameters are sharded.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if adapters is None:
+        adapters = {k: v for k, v in model.state_dict().items() if k.startswith(TRAINED)}
+    adapters = {k: v.detach().cpu().contiguous() for k, v in adapters.items()}
+    if hasattr(model.language_model, "peft_config"):
+        model.language_model.save_pretrained(path / LORA, state_dict=lora)
+    if processor is not None:
+        processor.save_pretrained(path)
+    model.config.save_pretrained(path)
+    # written last and by rename: a directory without it is not taken for a stage directory
+    temporary = path / (ADAPTERS + ".tmp")
+    save_file(adapters, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path / ADAPTERS)
+
+
+def load_adapters(model: Any, path: Path, parts: tuple[str, ...] = TRAINED) -> None:
+    """Load the adapters of a stage directory, strictly, in place.
+
+    Raises:
+        FileNotFoundError: `path` is no stage directory.
+        ValueError: a name or shape that does not fit, named.
+    """
+    if not is_stage_directory(path):
+        raise FileNotFoundError(f"{path} is not a stage directory: it has no {ADAPTERS}")
+    saved = load_file(path / ADAPTERS)
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(parts)}
+    missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    if missing or extra:
+        raise ValueError(f"{path / ADAPTERS}: missing {missing or 'nothing'}, not expected {extra or 'nothing'}")
+    for name, tensor in saved.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(f"{path / ADAPTERS}: {name} is {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}")
+    model.load_state_dict(saved, strict=False)
+
+
+def load_lora(model: Any, path: Path, trainable: bool = False) -> None:
+    """Put the LoRA of a stage directory around the LLM, if it has one."""
+    if (path / LORA / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        model.language_model = PeftModel.from_pretrained(model.language_model, path / LORA, is_trainable=trainable)
+
+
+def from_stage_directory(
+    cls: type, path: Path, dtype: torch.dtype | None = None, with_language_model: bool | None = None
+) -> Any:
+    """The whole model as a stage left it: frozen parts from where the config says, adapters and LoRA from `path`."""
+    config = SoundwaveConfig.from_pretrained(path)
+    with_language_model = True if with_language_model is None else with_language_model
+    model = from_parts(cls, config, dtype or torch.float32, with_language_model)
+    load_adapters(model, path)
+    if with_language_model:
+        load_lora(model, path)
+    if dtype is not None and dtype != torch.float32:
+        model.to(dtype)
+    return model.eval()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None

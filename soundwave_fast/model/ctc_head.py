@@ -1,0 +1,116 @@
+"""CTC head over the LLM's own token ids plus one blank: tied to the LLM's frozen embedding, or free as released."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from soundwave_fast.model.config import SoundwaveConfig
+from soundwave_fast.ops import linear_ctc_loss
+
+
+class CTCHead(nn.Module):
+    """Scores adapter frames against the vocabulary (paper section 3.2; released `audio_feature_head`).
+
+    'free': `audio_feature_head.weight` (V_ctc, D) trains. 'tied': the rows are the LLM's token embeddings, handed in
+    by the model at each call and never copied; only `blank_row` (D,) trains, so that a frame that says token k already
+    points where the LLM keeps k.
+    """
+
+    def __init__(self, config: SoundwaveConfig) -> None:
+        super().__init__()
+        self.tied = config.ctc_head == "tied"
+        self.blank = config.ctc_blank_id
+        if self.tied:
+            self.blank_row = nn.Parameter(torch.zeros(config.hidden_size))
+        else:
+            self.audio_feature_head = nn.Linear(config.hidden_size, config.ctc_vocab_size, bias=False)
+
+    def _rows(self, embedding_VD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not self.tied:
+            return self.audio_feature_head.weight, None
+        if embedding_VD is None:
+            raise ValueError("embedding_VD: a tied CTC head needs the LLM's token embedding")
+        return embedding_VD, self.blank_row
+
+    def loss(
+        self,
+        hidden_BTD: Tensor,
+        lengths: Tensor,  # (B,) frames
+        targets_BS: Tensor,  # (B, S) token ids, padding past target_lengths is not read
+        target_lengths: Tensor,  # (B,)
+        embedding_VD: Tensor | None = None,
+        return_argmax: bool = False,
+        candidates: Tensor | None = None,  # (K,) distinct token ids, sorted, no blank
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(sum over utterances of nll / target length, number of utterances, argmax tokens (B, T) or None).
+
+        An utterance without a transcript (target length 0) is not counted; one whose target does not fit its frames
+        adds 0 (`zero_infinity`, as released). With `candidates` the
+        softmax runs over those tokens and the blank alone: an upper bound on the probabilities that costs K / V of
+        the time, meant for short CPU runs; every target must be among them.
+
+        Raises:
+            ValueError: a target that is not among `candidates`.
+        """
+        weight, blank_row = self._rows(embedding_VD)
+        blank = self.blank
+        if candidates is not None:
+            if return_argmax:
+                raise ValueError("return_argmax: needs the whole vocabulary, not candidates")
+            targets_BS, blank = self._to_candidates(targets_BS, target_lengths, candidates)
+            rows = candidates if self.tied else torch.cat([candidates, candidates.new_tensor([self.blank])])
+            weight = weight.index_select(0, rows)
+        nll_B = linear_ctc_loss(
+            hidden_BTD,
+            weight,
+            targets_BS,
+            lengths,
+            target_lengths,
+            blank=blank,
+            reduction="none",
+            zero_infinity=True,
+            return_argmax=return_argmax,
+            blank_row=blank_row,
+        )
+        nll_B, tokens = nll_B if return_argmax else (nll_B, None)
+        target_lengths = target_lengths.to(nll_B.device)
+        has_text = target_lengths > 0
+        per_token = torch.where(has_text, nll_B, 0.0) / target_lengths.clamp_min(1)
+        return per_token.sum(), has_text.sum(), tokens
+
+    @staticmethod
+    def _to_candidates(targets_BS: Tensor, target_lengths: Tensor, candidates: Tensor) -> tuple[Tensor, int]:
+        position = torch.searchsorted(candidates, targets_BS.clamp_min(0)).clamp_max(len(candidates) - 1)
+        used = torch.arange(targets_BS.shape[1], device=targets_BS.device) < target_lengths[:, None]
+        if bool((used & (candidates[position] != targets_BS)).any()):
+            raise ValueError("candidates: does not contain every target token")
+        return position, len(candidates)
+
+    @torch.no_grad()
+    def greedy(
+        self,
+        hidden_BTD: Tensor,
+        embedding_VD: Tensor | None = None,
+        chunk: int = 16384,
+    ) -> tuple[Tensor, Tensor]:  # tokens (B, T), their log-probabilities (B, T)
+        """Most probable class of every frame and its log-probability, the vocabulary walked in chunks of columns."""
+        weight, blank_row = self._rows(embedding_VD)
+        rows_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        best, token, lse = None, None, None
+        pieces = [(start, weight[start : start + chunk]) for start in range(0, weight.shape[0], chunk)]
+        if blank_row is not None:
+            pieces.append((self.blank, blank_row[None]))
+        for start, piece in pieces:
+            scores = F.linear(rows_RD, piece.to(rows_RD.dtype)).float()
+            high, arg = scores.max(-1)
+            total = scores.logsumexp(-1)
+            if best is None:
+                best, token, lse = high, arg + start, total
+            else:
+                token = torch.where(high > best, arg + start, token)  # strict: the lowest index wins a tie, as in torch
+                best = torch.maximum(best, high)
+                lse = torch.logaddexp(lse, total)
+        shape = hidden_BTD.shape[:2]
+        return token.view(shape), (best - lse).view(shape)

@@ -1,0 +1,91 @@
+"""Shrinking adapter: keep the CTC peaks, let each look back at the frames by cross-attention; comes out packed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from soundwave_fast.model.config import SoundwaveConfig
+from soundwave_fast.ops import Packed, peak_gather, varlen_cross_attention
+
+
+class ShrinkingAdapter(nn.Module):
+    """peaks -> look-back attention (query: kept frames) -> residual -> LayerNorm (paper section 3.3).
+
+    Parameter names are the released checkpoint's (`lbm.encoder_attn`, `lbm.atten_layer_norm`); `nn.MultiheadAttention`
+    holds the parameters only, the attention itself runs packed. `look_back_keys='frames'` lets a kept frame attend to
+    every valid frame of its utterance (the paper); 'kept' to the kept frames alone (what the released weights saw).
+    """
+
+    def __init__(self, config: SoundwaveConfig) -> None:
+        super().__init__()
+        self.heads = config.text_config.num_attention_heads
+        self.dropout = config.adapter_dropout
+        self.keys = config.look_back_keys
+        self.drop_blank = config.drop_blank
+        self.select = config.peak_select
+        self.blank = config.ctc_blank_id
+        self.look_back = config.look_back
+        if config.look_back:
+            self.encoder_attn = nn.MultiheadAttention(config.hidden_size, self.heads, batch_first=True)
+        self.atten_layer_norm = nn.LayerNorm(config.hidden_size)
+
+    @torch.no_grad()
+    def match_embedding(self, embedding_VD: Tensor) -> None:
+        """Start where the LLM can read: the output has the mean and spread of its token embeddings, look-back adds 0.
+
+        Only for training from scratch. LayerNorm's gain becomes the embeddings' standard deviation per dimension and
+        its bias their mean; the attention's output projection starts at 0 and learns from there.
+        """
+        rows = embedding_VD.float()
+        self.atten_layer_norm.weight.copy_(rows.std(0))
+        self.atten_layer_norm.bias.copy_(rows.mean(0))
+        if self.look_back:
+            self.encoder_attn.out_proj.weight.zero_()
+            self.encoder_attn.out_proj.bias.zero_()
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        tokens_BT: Tensor,  # (B, T) the CTC head's argmax
+        lengths: Tensor,  # (B,) frames that count
+        log_probs_BT: Tensor | None = None,  # probability of each frame's token, for peak_select='peak'
+    ) -> Packed:  # .data (kept frames in all, D), .index flat b * T + t
+        peaks = peak_gather(
+            hidden_BTD,
+            tokens_BT,
+            lengths,
+            blank=self.blank,
+            drop_blank=self.drop_blank,
+            select=self.select,
+            scores=log_probs_BT,
+        )
+        x_ND = peaks.data
+        if self.look_back:
+            x_ND = x_ND + self._attend(peaks, hidden_BTD, lengths)
+        return Packed(self.atten_layer_norm(x_ND), peaks.cu_seqlens, peaks.lengths, peaks.max_len, peaks.index)
+
+    def _attend(self, peaks: Packed, hidden_BTD: Tensor, lengths: Tensor) -> Tensor:
+        width = hidden_BTD.shape[-1]
+        if self.keys == "frames":
+            source = Packed.from_padded(hidden_BTD, lengths)
+        else:
+            source = peaks
+        attention = self.encoder_attn
+        w_q, w_kv = attention.in_proj_weight.split([width, 2 * width])
+        b_q, b_kv = attention.in_proj_bias.split([width, 2 * width])
+        head = (self.heads, width // self.heads)
+        q_QHd = F.linear(peaks.data, w_q, b_q).unflatten(-1, head)
+        k_KHd, v_KHd = F.linear(source.data, w_kv, b_kv).unflatten(-1, (2, *head)).unbind(-3)
+        out_QHd = varlen_cross_attention(
+            q_QHd,
+            k_KHd,
+            v_KHd,
+            peaks.cu_seqlens,
+            source.cu_seqlens,
+            peaks.max_len,
+            source.max_len,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return attention.out_proj(out_QHd.flatten(-2))

@@ -1,0 +1,252 @@
+"""SoundwaveForConditionalGeneration: waveform features -> encoder -> adapters -> peaks -> splice -> LLM -> losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import ModelOutput
+
+from soundwave_fast.model import checkpoint
+from soundwave_fast.model.alignment_adapter import STACK, AlignmentAdapter
+from soundwave_fast.model.config import SoundwaveConfig
+from soundwave_fast.model.ctc_head import CTCHead
+from soundwave_fast.model.losses import next_token_loss
+from soundwave_fast.model.shrinking_adapter import ShrinkingAdapter
+from soundwave_fast.model.whisper import MEL_PER_FRAME, encode_frames
+from soundwave_fast.ops import Packed, splice
+from soundwave_fast.ops.splice import Spliced
+
+
+@dataclass
+class SoundwaveOutput(ModelOutput):
+    """Losses come as sums with their counts; `loss` is their weighted mean over this batch alone."""
+
+    loss: Tensor | None = None
+    ce_sum: Tensor | None = None
+    ce_count: Tensor | None = None
+    ctc_sum: Tensor | None = None
+    ctc_count: Tensor | None = None
+    logits: Tensor | None = None
+    audio_lengths: Tensor | None = None  # (N,) audio tokens each utterance became
+    frame_lengths: Tensor | None = None  # (N,) adapter frames it had
+
+
+@dataclass
+class Heard:
+    """What the audio side makes of a batch: frames, the CTC head's tokens, and the packed audio tokens for the LLM."""
+
+    hidden_BTD: Tensor
+    lengths: Tensor
+    tokens_BT: Tensor | None
+    log_probs_BT: Tensor | None
+    ctc: tuple[Tensor, Tensor] | None
+
+
+class SoundwaveForConditionalGeneration(PreTrainedModel):
+    """Soundwave (arXiv 2502.12900): frozen Whisper encoder, alignment and shrinking adapter, LLM (with LoRA).
+
+    Args:
+        config: sizes and semantics; see `SoundwaveConfig`.
+        audio_tower, language_model: ready modules; built from the config with random weights where None.
+        with_language_model: False keeps only the LLM's token embedding (all that stage 1 needs).
+    """
+
+    config_class = SoundwaveConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _no_split_modules = ["WhisperEncoderLayer", "LlamaDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(
+        self,
+        config: SoundwaveConfig,
+        audio_tower: nn.Module | None = None,
+        language_model: nn.Module | None = None,
+        with_language_model: bool = True,
+    ) -> None:
+        super().__init__(config)
+        self.audio_tower = audio_tower if audio_tower is not None else WhisperEncoder._from_config(config.audio_config)
+        self.alignment_adapter = AlignmentAdapter(config)
+        self.ctc_head = CTCHead(config)
+        self.shrinking_adapter = ShrinkingAdapter(config)
+        self.language_model = language_model
+        self.token_embedding = None
+        if language_model is None and with_language_model:
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        elif language_model is None:
+            self.token_embedding = nn.Embedding(config.text_config.vocab_size, config.hidden_size)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modules keep torch's own initialisation; the adapters' scale is set by `match_embedding`."""
+
+    # -- loading and saving ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_parts(cls, config: SoundwaveConfig, **kwargs: Any) -> SoundwaveForConditionalGeneration:
+        """Fresh adapters between the frozen parts named in the config; see `checkpoint.from_parts`."""
+        return checkpoint.from_parts(cls, config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> SoundwaveForConditionalGeneration:
+        """Load a stage directory (adapters + LoRA beside the names of the frozen parts) or a whole saved model.
+
+        Raises:
+            FileNotFoundError, OSError: the directory or one of the parts it names is missing.
+            ValueError: weights that do not fit the config.
+        """
+        if checkpoint.is_stage_directory(name):
+            return checkpoint.from_stage_directory(cls, Path(name), *args, **kwargs)
+        return super().from_pretrained(name, *args, **kwargs)
+
+    # -- the LLM, with or without LoRA around it ---------------------------------------------------------------
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The LLM itself; peft's LoRA layers live inside it."""
+        llm = self.language_model
+        return llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.token_embedding if self.language_model is None else self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None if self.language_model is None else self.language_model.get_output_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    # -- the audio side ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, input_features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Frozen Whisper: log-mel (N, mels, M) and its lengths -> frames (N, M // 2, d_enc), 50 a second, and lengths."""
+        whole = torch.full_like(feature_lengths, input_features.shape[-1])
+        masked = self.config.encoder_pad == "longest"
+        frames = encode_frames(self.audio_tower, input_features, feature_lengths if masked else whole)
+        return frames, feature_lengths // MEL_PER_FRAME
+
+    def hear(
+        self,
+        frames_BTE: Tensor,
+        frame_lengths: Tensor,
+        ctc_targets: Tensor | None = None,
+        ctc_target_lengths: Tensor | None = None,
+        ctc_candidates: Tensor | None = None,
+        need_tokens: bool = True,
+    ) -> Heard:
+        """Alignment adapter and CTC head: adapter frames (25 a second), their tokens, and the CTC loss if targets."""
+        if not self.config.mask_frames:
+            frame_lengths = torch.full_like(frame_lengths, frames_BTE.shape[1])
+        embedding = self.get_input_embeddings().weight if self.ctc_head.tied else None
+        hidden, lengths = self.alignment_adapter(frames_BTE.to(self.alignment_adapter.out_norm.weight.dtype), frame_lengths)
+        tokens = log_probs = ctc = None
+        by_probability = self.config.peak_select == "peak"
+        if ctc_targets is not None:
+            *ctc, tokens = self.ctc_head.loss(
+                hidden,
+                lengths,
+                ctc_targets,
+                ctc_target_lengths,
+                embedding,
+                return_argmax=need_tokens and not by_probability and ctc_candidates is None,
+                candidates=ctc_candidates,
+            )
+        if need_tokens and tokens is None:
+            tokens, log_probs = self.ctc_head.greedy(hidden, embedding)
+        return Heard(hidden, lengths, tokens, log_probs, None if ctc is None else tuple(ctc))
+
+    def shrink(self, heard: Heard) -> Packed:
+        """Shrinking adapter: the kept frames, packed; .index tells where each came from."""
+        return self.shrinking_adapter(heard.hidden_BTD, heard.tokens_BT, heard.lengths, heard.log_probs_BT)
+
+    # -- the whole ---------------------------------------------------------------------------------------------
+
+    def _splice(self, input_ids, attention_mask, labels, audio: Packed, layout: str) -> Spliced:
+        placeholder = input_ids == self.config.audio_token_id
+        # the placeholder's id may lie past the embedding; its row is replaced anyway
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholder, 0))
+        return splice(embeds, audio, placeholder, attention_mask, labels, layout=layout)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (B, L) prompts (and answers), one placeholder an utterance
+        attention_mask: Tensor | None = None,  # (B, L)
+        input_features: Tensor | None = None,  # (N, mels, M) log-mel of the N utterances, in the placeholders' order
+        feature_lengths: Tensor | None = None,  # (N,) mel frames that count
+        labels: Tensor | None = None,  # (B, L) token ids, -100 where nothing is to be predicted
+        ctc_targets: Tensor | None = None,  # (N, S)
+        ctc_target_lengths: Tensor | None = None,  # (N,)
+        ctc_candidates: Tensor | None = None,
+        encoder_frames: Tensor | None = None,  # (N, T50, d_enc) instead of input_features, with frame_lengths
+        frame_lengths: Tensor | None = None,
+    ) -> SoundwaveOutput:
+        """Training step or scoring. Without `language_model` (stage 1) only the CTC loss is computed.
+
+        Returns logits only where no `labels` are given: with labels, only positions that predict something are scored.
+        """
+        if encoder_frames is None:
+            encoder_frames, frame_lengths = self.encode(input_features, feature_lengths)
+        use_llm = self.language_model is not None
+        heard = self.hear(
+            encoder_frames, frame_lengths, ctc_targets, ctc_target_lengths, ctc_candidates, need_tokens=use_llm
+        )
+        out = SoundwaveOutput(frame_lengths=heard.lengths)
+        loss = 0.0
+        if heard.ctc is not None:
+            out.ctc_sum, out.ctc_count = heard.ctc
+            weight = self.config.ctc_weight if use_llm else 1.0
+            loss = weight * out.ctc_sum / out.ctc_count.clamp_min(1)
+        if use_llm:
+            audio = self.shrink(heard)
+            out.audio_lengths = audio.lengths
+            spliced = self._splice(input_ids, attention_mask, labels, audio, "right")
+            llm = self.causal_lm
+            hidden = llm.model(
+                inputs_embeds=spliced.inputs_embeds,
+                attention_mask=spliced.attention_mask,
+                position_ids=spliced.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+            if labels is None:
+                out.logits = llm.lm_head(hidden)
+            else:
+                out.ce_sum, out.ce_count = next_token_loss(hidden, llm.lm_head, spliced.labels)
+                loss = loss + out.ce_sum / out.ce_count.clamp_min(1)
+        out.loss = loss if isinstance(loss, Tensor) else None
+        return out
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,  # (B, L) left-padded prompts
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_lengths: Tensor | None = None,
+        encoder_frames: Tensor | None = None,
+        frame_lengths: Tensor | None = None,
+        **kwargs: Any,  # whatever `GenerationMixin.generate` takes
+    ) -> Tensor:  # (B, new tokens)
+        """New tokens only. Prompts without audio go to the LLM as they are."""
+        if input_features is None and encoder_frames is None:
+            prompt = input_ids.shape[1]
+            return self.language_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[:, prompt:]
+        if encoder_frames is None:
+            encoder_frames, frame_lengths = self.encode(input_features, feature_lengths)
+        audio = self.shrink(self.hear(encoder_frames, frame_lengths))
+        spliced = self._splice(input_ids, attention_mask, None, audio, "left")
+        return self.language_model.generate(
+            inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, **kwargs
+        )
+
+    @property
+    def frames_per_second(self) -> float:
+        """Adapter frames a second: 100 mel frames / 2 (encoder) / 2 (stacking) = 25."""
+        return 100 / MEL_PER_FRAME / STACK

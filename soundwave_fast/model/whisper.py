@@ -1,0 +1,46 @@
+"""Frozen Whisper encoder on a batch of any length up to 30 s: each utterance gets exactly what it would get alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+MEL_PER_FRAME = 2  # conv2 has stride 2: 100 mel frames/s -> 50 encoder frames/s
+
+
+def encode_frames(
+    encoder: WhisperEncoder,
+    input_features: Tensor,  # (B, mels, M) log-mel, M <= 3000, zeros past each utterance's end
+    mel_lengths: Tensor,  # (B,) mel frames that count
+) -> Tensor:  # (B, M // 2, d_model); rows past an utterance's end are unspecified
+    """Whisper encoder over the first `M` mel frames with sliced positions and masked padding.
+
+    `WhisperEncoder.forward` insists on 30 s. Here padding is masked where it could leak: after conv1 (so that conv2
+    sees the zeros it would see alone) and in every self-attention. On a full 30 s window the result equals
+    `WhisperEncoder.forward`.
+
+    Raises:
+        ValueError: more mel frames than the encoder has positions for.
+    """
+    mels = input_features.shape[-1]
+    positions = encoder.embed_positions.weight
+    if mels > MEL_PER_FRAME * positions.shape[0]:
+        raise ValueError(
+            f"input_features: {mels} mel frames, the encoder takes at most {MEL_PER_FRAME * positions.shape[0]} (30 s)"
+        )
+    dtype = encoder.conv1.weight.dtype
+    valid_BM = torch.arange(mels, device=input_features.device) < mel_lengths[:, None]
+    x_BDM = F.gelu(encoder.conv1(input_features.to(dtype))) * valid_BM[:, None].to(dtype)
+    x_BTD = F.gelu(encoder.conv2(x_BDM)).transpose(1, 2)
+    frames = x_BTD.shape[1]
+    x_BTD = x_BTD + positions[:frames].to(x_BTD.dtype)
+    valid_BT = valid_BM[:, ::MEL_PER_FRAME]
+    # additive form: what every attention implementation of the layers accepts
+    mask_B11T = torch.zeros_like(valid_BT, dtype=x_BTD.dtype).masked_fill(~valid_BT, torch.finfo(x_BTD.dtype).min)
+    mask_B1TT = mask_B11T[:, None, None, :].expand(-1, 1, frames, -1)
+    for layer in encoder.layers:
+        x_BTD = layer(x_BTD, mask_B1TT)
+        x_BTD = x_BTD[0] if isinstance(x_BTD, tuple) else x_BTD
+    return encoder.layer_norm(x_BTD)

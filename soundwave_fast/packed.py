@@ -1,0 +1,169 @@
+"""The one ragged type: rows of several sequences laid end to end, with the offsets that separate them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B sequences of different lengths in one tensor, sequence b being `data[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+
+    data:       (total, ...) rows, in order; gradients flow through it.
+    cu_seqlens: (B + 1,) int32 offsets from 0 to total, on data's device (flash-attn's varlen layout).
+    lengths:    (B,) int32 or int64, equal to cu_seqlens.diff().
+    max_len:    the longest length, a host int (0 when there is nothing).
+    index:      None, or (total,) the flat position b * T + t each row was taken from.
+
+    Raises TypeError / ValueError naming the field that does not fit. Offsets that live on an accelerator are not
+    read back, so only their shapes are checked there.
+    """
+
+    data: Tensor  # (total, ...)
+    cu_seqlens: Tensor  # (B + 1,)
+    lengths: Tensor  # (B,)
+    max_len: int
+    index: Tensor | None = None  # (total,)
+
+    def __post_init__(self) -> None:
+        if self.data.dim() < 1:
+            raise ValueError("data must have at least one dimension, (total, ...)")
+        if self.cu_seqlens.dim() != 1 or self.cu_seqlens.numel() < 1:
+            raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(self.cu_seqlens.shape)}")
+        if self.cu_seqlens.dtype != torch.int32:
+            raise TypeError(f"cu_seqlens must be int32, got {self.cu_seqlens.dtype}")
+        if self.lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"lengths must be int32 or int64, got {self.lengths.dtype}")
+        if self.lengths.shape != (self.cu_seqlens.numel() - 1,):
+            raise ValueError(
+                f"lengths must have shape ({self.cu_seqlens.numel() - 1},) to go with cu_seqlens, "
+                f"got {tuple(self.lengths.shape)}"
+            )
+        if self.index is not None and self.index.shape != self.data.shape[:1]:
+            raise ValueError(f"index must have shape ({self.data.shape[0]},), got {tuple(self.index.shape)}")
+        if self.cu_seqlens.device.type == "cpu" and self.lengths.device.type == "cpu":
+            self._check_values()
+
+    def _check_values(self) -> None:
+        offsets, lengths = self.cu_seqlens.tolist(), self.lengths.tolist()
+        if offsets[0] != 0 or offsets[-1] != self.data.shape[0]:
+            raise ValueError(
+                f"cu_seqlens must run from 0 to data's {self.data.shape[0]} rows, got {offsets[0]} to {offsets[-1]}"
+            )
+        if any(end - start != n or n < 0 for (start, end), n in zip(pairwise(offsets), lengths)):
+            raise ValueError("lengths must be the non-negative differences of cu_seqlens")
+        if self.max_len < max(lengths, default=0):
+            raise ValueError(f"max_len is {self.max_len}, but the longest of lengths is {max(lengths)}")
+
+    def __len__(self) -> int:
+        return self.lengths.numel()
+
+    @property
+    def total(self) -> int:
+        """Number of rows over all sequences."""
+        return self.data.shape[0]
+
+    @classmethod
+    def from_list(cls, sequences: Sequence[Tensor]) -> Packed:
+        """Pack B tensors (n_b, ...) that agree in everything but their length; at least one is needed."""
+        if len(sequences) == 0:
+            raise ValueError("sequences must hold at least one tensor: an empty list has no row shape or dtype")
+        first = sequences[0]
+        for i, x in enumerate(sequences):
+            if x.dim() < 1 or x.shape[1:] != first.shape[1:] or x.dtype != first.dtype or x.device != first.device:
+                raise ValueError(
+                    f"sequences[{i}] has shape {tuple(x.shape)}, {x.dtype}, {x.device}; sequences[0] has "
+                    f"{tuple(first.shape)}, {first.dtype}, {first.device}: only the length may differ"
+                )
+        lengths = [x.shape[0] for x in sequences]
+        return cls._from_lengths(torch.cat(list(sequences)), lengths)
+
+    @classmethod
+    def from_padded(cls, x: Tensor, lengths: Tensor | Sequence[int]) -> Packed:
+        """Pack the first lengths[b] rows of each x[b]; x is (B, T, ...), padded on the right. `index` is filled in.
+
+        Raises ValueError when a length lies outside 0..T. Lengths on an accelerator are copied to the host once.
+        """
+        if x.dim() < 2:
+            raise ValueError(f"x must be padded, (B, T, ...), got {tuple(x.shape)}")
+        B, T = x.shape[:2]
+        host = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+        if len(host) != B or any(not 0 <= n <= T for n in host):
+            raise ValueError(f"lengths must be {B} numbers in 0..{T}, got {host}")
+        lengths_B = torch.tensor(host, dtype=torch.int64, device=x.device)
+        keep_BT = torch.arange(T, device=x.device) < lengths_B[:, None]
+        index = keep_BT.reshape(-1).nonzero().squeeze(1)
+        return cls._from_lengths(x.reshape(B * T, *x.shape[2:]).index_select(0, index), host, index)
+
+    @classmethod
+    def _from_lengths(cls, data: Tensor, lengths: list[int], index: Tensor | None = None) -> Packed:
+        lengths_B = torch.tensor(lengths, dtype=torch.int32)
+        cu_seqlens = torch.nn.functional.pad(lengths_B.cumsum(0, dtype=torch.int32), (1, 0))
+        device = data.device
+        return cls(data, cu_seqlens.to(device), lengths_B.to(device), max(lengths, default=0), index)
+
+    def with_data(self, data: Tensor) -> Packed:
+        """The same offsets over other rows, (total, ...)."""
+        if data.shape[0] != self.total:
+            raise ValueError(f"data must have {self.total} rows, got {data.shape[0]}")
+        return dataclasses.replace(self, data=data)
+
+    def to(self, *args, **kwargs) -> Packed:
+        """`data.to(...)`, with the offsets following it to its device but keeping their integer dtypes."""
+        data = self.data.to(*args, **kwargs)
+        index = None if self.index is None else self.index.to(data.device)
+        return Packed(data, self.cu_seqlens.to(data.device), self.lengths.to(data.device), self.max_len, index)
+
+    def segment_ids(self) -> Tensor:
+        """(total,) int64: the sequence each row belongs to. No host sync."""
+        rows = torch.arange(len(self), device=self.data.device)
+        return torch.repeat_interleave(rows, self.lengths.long(), output_size=self.total)
+
+    def positions(self) -> Tensor:
+        """(total,) int64: the place of each row within its own sequence, from 0. No host sync."""
+        return torch.arange(self.total, device=self.data.device) - self.cu_seqlens[:-1].long()[self.segment_ids()]
+
+    def mask(self, side: str = "right") -> Tensor:
+        """(B, max_len) bool: True where `to_padded` puts a row."""
+        self._check_side(side)
+        slot = torch.arange(self.max_len, device=self.data.device)
+        return (slot if side == "right" else self.max_len - 1 - slot) < self.lengths[:, None]
+
+    def to_padded(self, value: float = 0.0, side: str = "right") -> Tensor:
+        """(B, max_len, ...): the rows of each sequence, filled up with `value` on `side` ("right" or "left")."""
+        self._check_side(side)
+        B, L = len(self), self.max_len
+        segment = self.segment_ids()
+        slot = segment * L + self.positions()
+        if side == "left":
+            slot = slot + (L - self.lengths.long())[segment]
+        out = self.data.new_full((B * L, *self.data.shape[1:]), value)
+        return out.index_copy(0, slot, self.data).view(B, L, *self.data.shape[1:])
+
+    unpad = to_padded  # flash-attn users look for this pair of names
+
+    def unbind(self) -> list[Tensor]:
+        """B tensors (n_b, ...), views of data. Copies the lengths to the host."""
+        return list(self.data.split(self.lengths.tolist()))
+
+    @staticmethod
+    def _check_side(side: str) -> None:
+        if side not in ("right", "left"):
+            raise ValueError(f"side must be 'right' or 'left', got {side!r}")
+
+
+def pack(x: Tensor | Sequence[Tensor], lengths: Tensor | Sequence[int] | None = None) -> Packed:
+    """`Packed.from_list(x)` for a list of (n_b, ...); `Packed.from_padded(x, lengths)` for a padded (B, T, ...)."""
+    if isinstance(x, Tensor):
+        if lengths is None:
+            raise ValueError("lengths is needed to pack a padded tensor")
+        return Packed.from_padded(x, lengths)
+    if lengths is not None:
+        raise ValueError("lengths must be None when x is a list: each tensor has its own length")
+    return Packed.from_list(x)
