@@ -1,0 +1,135 @@
+"""From a config to a model and its processor: parts found, semantics set, LoRA put in, adapters started or loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from soundwave_fast.model import SoundwaveConfig, SoundwaveForConditionalGeneration, SoundwaveProcessor
+from soundwave_fast.model import checkpoint as stage_directory
+from soundwave_fast.model.config import SEMANTICS
+from train.config import Config, Model, UserError
+
+STAGES = (1, 2, 3)
+
+
+def resolve_part(name: str, what: str) -> str:
+    """A part's folder or hub name; `package:NAME` is made from a Python package once and cached.
+
+    Raises:
+        UserError: no name given, or an unknown package part.
+    """
+    if not name:
+        raise UserError(f"model.{what}: name a folder or a hub model")
+    if not name.startswith("package:"):
+        return name
+    from train.nano import parts
+
+    makers = {"whisper-tiny.en": parts.prepare_whisper, "smollm2-135m-instruct": parts.prepare_llm}
+    key = name.removeprefix("package:")
+    if key not in makers:
+        raise UserError(f"model.{what}: no package part {key!r} (there are {', '.join(makers)})")
+    return str(makers[key]())
+
+
+def frozen_dtype(model: Model, device: torch.device) -> torch.dtype:
+    """Dtype of the frozen parts and of the arithmetic; 'auto': bfloat16 where the hardware multiplies it."""
+    if model.dtype != "auto":
+        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        if model.dtype not in kinds:
+            raise UserError(f"model.dtype: {model.dtype!r} is not one of auto, {', '.join(kinds)}")
+        return kinds[model.dtype]
+    if device.type == "cuda":
+        return torch.bfloat16
+    try:
+        native = "bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def previous_stage(path: str, stage: int) -> Path | None:
+    """The stage directory to start from; stage 1 starts fresh.
+
+    Raises:
+        UserError: stage 2 or 3 without a finished earlier stage.
+    """
+    if not path:
+        if stage == 1:
+            return None
+        raise UserError(f"stage {stage} starts from stage {stage - 1}: pass --init DIRECTORY")
+    folder = Path(path)
+    if not stage_directory.is_stage_directory(folder):
+        raise UserError(f"--init {path}: not the output of a finished stage (no {stage_directory.ADAPTERS} in it)")
+    return folder
+
+
+def build(
+    config: Config, stage: int, device: torch.device
+) -> tuple[SoundwaveForConditionalGeneration, SoundwaveProcessor]:
+    """Model (trainable parts float32, frozen parts in their dtype, LoRA from stage 2 on) and processor.
+
+    Raises:
+        UserError: parts that cannot be loaded, or a previous stage that does not fit.
+    """
+    settings = config.model
+    previous = previous_stage(config.run.init, stage)
+    whisper, llm = resolve_part(settings.whisper, "whisper"), resolve_part(settings.llm, "llm")
+    overrides = {key: getattr(settings, key) for key in SEMANTICS["paper"] if getattr(settings, key) is not None}
+    try:
+        audio_config, text_config = AutoConfig.from_pretrained(whisper), AutoConfig.from_pretrained(llm)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.whisper, model.llm: {' '.join(str(error).split())[:300]}") from None
+    try:
+        architecture = SoundwaveConfig(
+            audio_config,
+            text_config,
+            audio_tower=whisper,
+            language_model=llm,
+            semantics=settings.semantics,
+            look_back=settings.look_back,
+            ctc_head=settings.ctc_head,
+            ctc_weight=settings.ctc_weight,
+            adapter_dropout=settings.adapter_dropout,
+            ctc_blank_id=text_config.vocab_size,
+            **overrides,
+        )
+        processor = SoundwaveProcessor.from_parts(whisper, llm, settings.chat_template, architecture.encoder_pad)
+        architecture.audio_token_id = processor.audio_token_id
+        model = SoundwaveForConditionalGeneration.from_parts(
+            architecture, dtype=frozen_dtype(settings, device), with_language_model=stage > 1
+        )
+        if previous is None:
+            stage_directory.initialise_adapters(model)
+        else:
+            stage_directory.load_adapters(model, previous)
+    except (OSError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())[:300]) from None
+    if stage > 1:
+        add_lora(model, settings, previous)
+    return model.to(device), processor
+
+
+def add_lora(model: SoundwaveForConditionalGeneration, settings: Model, previous: Path | None) -> None:
+    """LoRA around the LLM: the previous stage's where it has one, else new. Its weights are float32."""
+    if previous is not None and (previous / stage_directory.LORA).is_dir():
+        stage_directory.load_lora(model, previous, trainable=True)
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=settings.lora_targets,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            model.language_model = get_peft_model(model.language_model, lora)
+        except ValueError as error:
+            raise UserError(f"model.lora_targets: {' '.join(str(error).split())[:200]}") from None
+    for name, parameter in model.language_model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()

@@ -1,0 +1,182 @@
+"""What a run is: frozen dataclasses, filled from a YAML preset, one stage's section of it, and `key=value` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Model:
+    whisper: str = ""  # folder, hub name, or package:NAME (see train/nano/parts.py)
+    llm: str = ""
+    semantics: str = "paper"  # or released; the six keys below override single points of it
+    adapter_attention: str | None = None
+    look_back_keys: str | None = None
+    drop_blank: bool | None = None
+    mask_frames: bool | None = None
+    peak_select: str | None = None
+    encoder_pad: str | None = None
+    look_back: bool = True
+    ctc_head: str = "tied"
+    ctc_weight: float = 0.3
+    adapter_dropout: float = 0.1
+    chat_template: str | None = None  # Jinja; the tokenizer's own where null
+    dtype: str = "auto"  # of the frozen parts and the arithmetic: float32, bfloat16, or what the device does fast
+    lora_rank: int = 64
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    lora_targets: str = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+@dataclass(frozen=True)
+class Data:
+    train: tuple[str, ...] = ()  # JSONL manifests
+    valid: tuple[str, ...] = ()
+    tasks: dict[str, float] = field(default_factory=lambda: {"asr": 1.0})  # task -> weight of its row count
+    batch_seconds: float = 60.0  # audio per batch and rank, padding included
+    batch_size: int = 16  # at most so many utterances
+    buckets: int = 8
+    temperature: tuple[float, float] = (1.0, 5.0)  # T = first + second * epoch; p_i ~ n_i ** (1 / T)
+    workers: int = 0
+    cache_frames: bool = False  # keep the frozen encoder's output in memory, by utterance (float16)
+    max_bad_share: float = 0.1  # stop when more than this share of the audio cannot be used
+
+
+@dataclass(frozen=True)
+class Optim:
+    steps: int = 1000
+    trainable: dict[str, float] = field(default_factory=dict)  # regex over parameter names -> peak learning rate
+    warmup: int = 50
+    decay_from: float = 0.0  # share of the steps after which the cosine decay starts
+    final_lr: float = 0.05  # of the peak
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    accumulate: int = 1  # batches per optimizer step
+    ctc_candidates: int = 0  # stage 1 only: softmax over the corpus' tokens and so many random others; 0: all
+    max_bad_steps: int = 20  # stop after so many steps in a row with a loss or gradient that is not finite
+
+
+@dataclass(frozen=True)
+class Run:
+    out: str = ""
+    init: str = ""  # the previous stage's output directory
+    seed: int = 0
+    threads: int = 0  # CPU threads per process; 0: torch's choice
+    log_every: int = 10
+    save_every: int = 60  # seconds between checkpoints
+    valid_utterances: int = 40  # validation at the end of a stage; 0: none
+    replicate: int = 1  # HSDP: copies of the sharded model
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    run: Run = field(default_factory=Run)
+
+
+def load(preset: str, stage: int, overrides: list[str] | dict[str, Any] = ()) -> Config:
+    """A preset's name (train/configs) or a YAML file, its common part, then its `stageN` part, then overrides.
+
+    Raises:
+        UserError: no such preset, broken YAML, an unknown key (with the nearest known one), a value of the wrong type.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise UserError(f"--config {preset}: no such file or preset (presets: {known})")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    stages = {key: tree.pop(key) or {} for key in list(tree) if key in ("stage1", "stage2", "stage3")}
+    config = _merge(Config(), tree, str(path))
+    config = _merge(config, stages.get(f"stage{stage}", {}), f"{path}: stage{stage}")
+    pairs = overrides.items() if isinstance(overrides, dict) else map(_split, overrides)
+    for key, value in pairs:
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        config = _merge(config, nested, "command line")
+    return config
+
+
+def _split(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise UserError(f"{text}: overrides look like optim.steps=100")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{text}: {value!r} is not a YAML value") from None
+
+
+def _merge(config: Any, tree: dict[str, Any], where: str, prefix: str = "") -> Any:
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: {prefix or 'the file'} takes keys, got {tree!r}")
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, 1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(hints)}"
+            raise UserError(f"{where}: unknown key {prefix}{key}{hint}")
+        current = getattr(config, key)
+        if dataclasses.is_dataclass(current):
+            changes[key] = _merge(current, value, where, f"{prefix}{key}.")
+        else:
+            changes[key] = _typed(value, hints[key], f"{where}: {prefix}{key}")
+    return dataclasses.replace(config, **changes)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _typed(value, args[0], where)
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if args[-1] is not Ellipsis and len(items) != len(args):
+            raise UserError(f"{where}: takes {len(args)} values, got {value!r}")
+        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
+        return tuple(_typed(item, kind, where) for item, kind in zip(items, kinds, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: takes a mapping, got {value!r}")
+        return {str(key): _typed(item, args[1], f"{where}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{where}: takes {hint.__name__}, got {value!r}")
+    return value
+
+
+def dump(config: Config) -> str:
+    """YAML of the whole resolved config; `load` reads it back."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,164 @@
+"""The whole road on a CPU: parts, speech, stages 1 to 3, then held-out transcripts and answers with their pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from train.config import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+QUESTIONS = ("first_word", "last_word", "capitals", "slot", "then_slot")
+NEED_BYTES = 3 << 30  # parts 1 GB, checkpoints of three stages, speech
+
+
+def _say(text: str) -> None:
+    print(f"\n=== {text}", flush=True)
+
+
+def _run(command: list[str], what: str) -> None:
+    """Run a step with this interpreter's environment; its own messages say what went wrong.
+
+    Raises:
+        UserError: it failed.
+        KeyboardInterrupt: it was interrupted; what it saved is kept.
+    """
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow each other on two cores
+        "GOMP_SPINCOUNT": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        **os.environ,
+    }
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    if code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"{what} failed (exit code {code}); see its message above")
+
+
+def _stage(number: int, out: Path, extra: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    command += [f"train/stage{number}.py", "--config", "nano", "--out", str(out / f"stage{number}")]
+    if number > 1:
+        command += ["--init", str(out / f"stage{number - 1}")]
+    _run(command + extra, f"stage {number}")
+
+
+def _pictures(out: Path, test: Path, model, processor) -> list[Path]:
+    from soundwave_fast import generate, plots
+    from train import metrics
+    from train.data.manifest import read
+
+    runs = {f"stage {n}": metrics.read(out / f"stage{n}" / metrics.FILE) for n in (1, 2, 3)}
+    plots.loss_curves(runs, out / "loss.png")
+    row = max(read(test)[:20], key=lambda r: len(r.text))
+    generate.draw_peaks(model, processor, row.audio, out / "peaks.png")
+    return [out / "loss.png", out / "peaks.png"]
+
+
+def _report(out: Path, test: Path, limit: int) -> None:
+    """Score the held-out set, print references beside outputs, write report.json and the pictures."""
+    from transformers.utils import logging
+
+    from soundwave_fast.model import SoundwaveForConditionalGeneration, SoundwaveProcessor
+    from train.data.manifest import read
+    from train.evaluate import evaluate
+
+    logging.disable_progress_bar()
+    stage3 = out / "stage3"
+    model = SoundwaveForConditionalGeneration.from_pretrained(stage3)
+    processor = SoundwaveProcessor.from_pretrained(stage3)
+    rows = read(test)[:limit]
+    scores = evaluate(model, processor, rows, QUESTIONS)
+    for task in ("asr", *QUESTIONS):
+        some = [e for e in scores.examples if e["task"] == task][: 8 if task == "asr" else 3]
+        for example in some:
+            print(f"  [{task}] {example['prompt']}")
+            print(f"      reference: {example['reference']!r}")
+            print(f"      LLM:       {example['llm']!r}")
+            if task == "asr":
+                print(f"      CTC:       {example['ctc']!r}")
+    print("\nheld-out speech\n  " + "\n  ".join(scores.lines()))
+    steps = {}
+    for number in (1, 2, 3):
+        done = json.loads((out / f"stage{number}" / "done.json").read_text())
+        steps[f"stage{number}"] = done["step_s_median"]
+        print(f"  stage {number}: {done['steps']} steps, median {done['step_s_median']:.2f} s a step")
+    report = out / "report.json.tmp"
+    report.write_text(json.dumps({**scores.summary(), "step_s_median": steps, "examples": scores.examples}, indent=1))
+    os.replace(report, out / "report.json")
+    for picture in _pictures(out, test, model, processor):
+        print(f"  picture: {picture}")
+    print(f"  figures and all outputs: {out / 'report.json'}")
+
+
+def _go(args: argparse.Namespace) -> None:
+    from train.nano import parts, speech
+
+    out = Path(args.out)
+    started = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    if free < NEED_BYTES and not (out / "report.json").exists():
+        raise UserError(f"--out {out}: {free / 2**30:.1f} GiB free, {NEED_BYTES / 2**30:.0f} GiB needed")
+    _say("1/6 nano parts (Whisper tiny.en, SmolLM2-135M-Instruct, a voice)")
+    parts.prepare_all()
+    if args.train:
+        train, test = args.train, Path(args.test)
+    else:
+        _say(f"2/6 speech: {args.utterances} sentences to train on, {args.held_out} held out")
+        folder = out / "speech"
+        code = speech.main(["--out", str(folder), "--train", str(args.utterances), "--test", str(args.held_out)])
+        if code:
+            raise UserError("the speech could not be made; see above")
+        train, test = [str(folder / "train.jsonl")], folder / "test.jsonl"
+    for number, what in ((1, "CTC teaches the alignment adapter"), (2, "shrinking adapter + LoRA"), (3, "instructions")):
+        _say(f"{number + 2}/6 stage {number}: {what}")
+        # evaluated once, at the end, but for stage 1's CTC WER
+        extra = ["--train", *train, "--valid", str(test)]
+        _stage(number, out, [*extra, f"run.valid_utterances={args.held_out if number == 1 else 0}", *args.settings])
+    _say("6/6 held-out speech")
+    _report(out, test, args.held_out)
+    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes. Try: soundwave transcribe {test.parent}/audio/*.flac")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.nano.demo", description=__doc__)
+    parser.add_argument("--out", default="runs/nano", help="where everything goes [%(default)s]")
+    parser.add_argument("--utterances", type=int, default=400, help="sentences to synthesise [%(default)s]")
+    parser.add_argument("--held-out", type=int, default=40, help="more of them, kept back [%(default)s]")
+    parser.add_argument("--train", nargs="+", metavar="MANIFEST", help="your own speech instead of synthesised")
+    parser.add_argument("--test", metavar="MANIFEST", help="held-out part of it")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every stage")
+    args = parser.parse_intermixed_args(argv)
+    os.chdir(ROOT)
+    try:
+        if bool(args.train) != bool(args.test):
+            raise UserError("--train and --test go together")
+        _go(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (UserError, OSError, ValueError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

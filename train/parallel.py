@@ -1,0 +1,95 @@
+"""Ranks: process group, device, FSDP2 sharding (with replicas), sums over ranks, and full tensors for saving."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from train.config import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> World:
+    """Join torchrun's process group (nccl on GPU, gloo on CPU); a plain `python` run is a world of one."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    grouped = dist.is_initialized()
+    return World(dist.get_rank() if grouped else 0, dist.get_world_size() if grouped else 1, device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, world: World, replicate: int, shard_encoder: bool) -> None:
+    """`fully_shard` in place: each LLM layer, the encoder as one unit, the rest with the root.
+
+    The LLM as a whole is no unit of its own: its embedding is used by the wrapper before its forward runs.
+    `shard_encoder` must be False where ranks may skip the encoder (cached frames), or its collectives would not match.
+
+    Raises:
+        UserError: replicas that do not divide the ranks.
+    """
+    if world.size == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if replicate < 1 or world.size % replicate:
+        raise UserError(f"run.replicate: {replicate} does not divide {world.size} ranks")
+    if replicate > 1:
+        shape, names = (replicate, world.size // replicate), ("replicate", "shard")
+    else:
+        shape, names = (world.size,), ("shard",)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    ignored: set[nn.Parameter] = set()
+    if shard_encoder:
+        fully_shard(model.audio_tower, mesh=mesh)
+    else:
+        ignored = set(model.audio_tower.parameters())
+    if model.language_model is not None:
+        for layer in model.causal_lm.model.layers:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=ignored or None)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise sum over ranks; in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Full tensors of all trainable parameters, on rank 0's CPU (elsewhere possibly empty); a collective."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
