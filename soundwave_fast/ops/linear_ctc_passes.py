@@ -64,11 +64,14 @@ class Frames:
             yield b, slice(start, end)
 
     def groups(self) -> Iterator[tuple[slice, slice]]:
-        """(utterances, rows) of consecutive groups of about GROUP_ROWS rows, at least one utterance each."""
+        """(utterances, rows) of consecutive groups of at most GROUP_ROWS rows, or of one utterance, of like size."""
+        count = -(-self.starts[-1] // GROUP_ROWS)
+        even = -(-self.starts[-1] // max(count, 1))
         b0 = 0
         for b1 in range(1, len(self.starts)):
             last = b1 == len(self.starts) - 1
-            if last or self.starts[b1 + 1] - self.starts[b0] > GROUP_ROWS:
+            size = self.starts[b1] - self.starts[b0]
+            if last or size >= even or self.starts[b1 + 1] - self.starts[b0] > GROUP_ROWS:
                 yield slice(b0, b1), slice(self.starts[b0], self.starts[b1])
                 b0 = b1
 
@@ -220,11 +223,16 @@ def utterance_pass(
     dblank_D = None if head.blank_row is None else torch.zeros_like(head.blank_row, dtype=accumulate)
     argmax_N = x.new_zeros(len(x), dtype=torch.int64) if need_argmax else None
     groups = list(frames.groups())
-    store = x.new_empty(max((rows.stop - rows.start for _, rows in groups), default=0) * head.weight.shape[0])
+    most = max((rows.stop - rows.start for _, rows in groups), default=0)
+    store = x.new_empty(most * head.weight.shape[0])
+    half = x.dtype != accumulate
+    # Reused by every chunk: on the CPU the page faults of fresh buffers cost as much as a half GEMM.
+    scratch = x.new_empty(most * CHUNK_COLUMNS if half else 0, dtype=accumulate)
+    product = x.new_empty(CHUNK_COLUMNS, x.shape[1]) if half else None
     for utterances, rows in groups:
         part = frames.group(utterances, rows)
         softmax = OnlineSoftmax(part, need_argmax, take_out=True)
-        chunks = list(_keep_chunks(part.x_ND, head, softmax, store))
+        chunks = list(_keep_chunks(part.x_ND, head, softmax, store, scratch))
         lse_N = softmax.lse()
         nll, residual_NK = part.alpha_beta(softmax.picked_NK, lse_N, need_grad=True)
         nll_B[utterances] = nll
@@ -235,7 +243,7 @@ def utterance_pass(
         for (start, rows_wD), (exp_Nw, top_N) in zip(head.pieces(CHUNK_COLUMNS, x.dtype), chunks):
             factor_N1 = scale_N1 * (top_N - lse_N).exp_()[:, None]
             scaled_x = (part.x_ND * factor_N1).to(x.dtype)
-            _add_mm(dw_VD[start : start + len(rows_wD)], exp_Nw.t(), scaled_x)
+            _add_mm(dw_VD[start : start + len(rows_wD)], exp_Nw.t(), scaled_x, product)
             if need_x:
                 dx_ND[rows] += (exp_Nw @ rows_wD) * factor_N1
         residual_NK *= scale_N1
@@ -249,7 +257,9 @@ def utterance_pass(
     return nll_B, dx_ND, dw_VD.to(head.weight.dtype), dblank_D, argmax_N
 
 
-def _keep_chunks(x: Tensor, head: Head, softmax: OnlineSoftmax, store: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _keep_chunks(
+    x: Tensor, head: Head, softmax: OnlineSoftmax, store: Tensor, scratch: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(exp(z - top) (N, w), top (N,)) of every chunk of the weight, in contiguous slices of store.
 
     The blank row's column is compact, so it is counted by the softmax but has nothing left to keep.
@@ -262,28 +272,30 @@ def _keep_chunks(x: Tensor, head: Head, softmax: OnlineSoftmax, store: Tensor) -
             continue
         kept_Nw = store[N * start : N * (start + w)].view(N, w)
         torch.mm(x, rows_wD.t(), out=kept_Nw)
-        z_Nw = kept_Nw.to(softmax.sum_N.dtype)  # itself when x is float32 or float64
+        z_Nw = scratch[: N * w].view(N, w).copy_(kept_Nw) if len(scratch) else kept_Nw
         softmax.update(z_Nw, start)
         if z_Nw is not kept_Nw:
             kept_Nw.copy_(z_Nw)
         yield kept_Nw, softmax.top_N
 
 
-def _add_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, accumulating in out's dtype."""
-    if out.dtype == a.dtype:
+def _add_mm(out: Tensor, a: Tensor, b: Tensor, product: Tensor | None) -> None:
+    """out += a @ b, accumulating in out's dtype; product is scratch for a GEMM in a narrower one."""
+    if product is None:
         out.addmm_(a, b)
     else:
-        out.add_(a @ b)
+        out.add_(torch.mm(a, b, out=product[: len(out)]))
 
 
 def _add_compact_grads(dw_VD: Tensor, dblank_D: Tensor | None, residual_NK: Tensor, frames: Frames) -> None:
-    """Add (p - gamma)^T x on the compact columns' rows; a repeated column adds 0 to a row that is already complete."""
+    """Add (p - gamma)^T x to the compact columns' rows of dW, or, for a blank row of its own, to dblank."""
+    first_BK = frames.compact.first_BK
     for b, rows in frames.spans():
         rows_KD = residual_NK[rows].t() @ frames.x_ND[rows].to(residual_NK.dtype)
-        columns_K = frames.compact.columns_BK[b]
+        slots = (first_BK[b] == torch.arange(first_BK.shape[1], device=first_BK.device)).nonzero().squeeze(1)
         if dblank_D is not None:
             dblank_D += rows_KD[0]
-            # A padding column holds the blank, which owns no row of W; its residual is 0, so any row will do.
-            rows_KD, columns_K = rows_KD[1:], columns_K[1:].clamp(max=len(dw_VD) - 1)
-        dw_VD.index_add_(0, columns_K, rows_KD)
+            slots = slots[1:]  # slot 0 is the blank, always the first of its class
+        # These classes are distinct, so rows can be read, added to and put back: much faster than index_add_.
+        columns = frames.compact.columns_BK[b, slots]
+        dw_VD.index_copy_(0, columns, dw_VD.index_select(0, columns).add_(rows_KD[slots]))
