@@ -17,7 +17,8 @@ from soundwave_fast.ops.compact import (
     mean_weights,
     reduce_loss,
 )
-from soundwave_fast.ops.linear_ctc_passes import Frames, Head, add_compact_rows, utterance_pass, vocabulary_pass
+from soundwave_fast.ops.linear_ctc_parts import Frames, Head
+from soundwave_fast.ops.linear_ctc_passes import add_compact_rows, utterance_pass, vocabulary_pass
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
