@@ -1,1 +1,1 @@
-"""Home of the @triton.jit kernels and their launchers, one folder an op; the ops run their torch algorithms until then."""
+"""Home of the @triton.jit kernels and launchers, one folder an op. None yet: the ops run their torch algorithms."""

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, filled from a YAML preset, one stage's section of it, and `key=value` overrides."""
+"""What a run is: frozen dataclasses filled from a YAML preset, its stage's section, and `key=value` settings."""
 
 from __future__ import annotations
 

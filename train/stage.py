@@ -87,7 +87,7 @@ def _prepare_directory(config: Config, overwrite: bool) -> bool:
                 was = set(settings.read_text().splitlines())
                 changed = [line.strip() for line in text.splitlines() if line not in was]
                 what = "; ".join(changed[:4]) or "fewer settings"
-                raise UserError(f"{out} holds a run with other settings (now: {what}); use --overwrite or another --out")
+                raise UserError(f"{out} holds a run with other settings (now {what}); --overwrite it or change --out")
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         temporary = out / "config.yaml.tmp"

@@ -15,7 +15,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from soundwave_fast.model import checkpoint as stage_directory
 from soundwave_fast.model.processing import SoundwaveProcessor
-from train import build, checkpoint, freeze, parallel
+from soundwave_fast.model.whisper import MEL_PER_FRAME
+from train import build, checkpoint, freeze, parallel, warm_start
 from train.config import Config, UserError
 from train.data import sampler
 from train.data.batches import Batch, BatchMaker
@@ -39,17 +40,20 @@ class Trainer:
         self.out = Path(config.run.out)
         self.rows = [row for path in config.data.train for row in read(path)]
         self.model, self.processor = build.build(config, stage, world.device)
+        dtype = build.frozen_dtype(config.model, world.device)
+        self.autocast = (lambda: torch.autocast(world.device.type, dtype)) if dtype != torch.float32 else nullcontext
+        self.cache: dict[str, Tensor] = {}
+        self.loader = self.make_loader(world.rank, world.size)
+        self.fitted: float | None = None
+        fresh = checkpoint.latest(self.out / "checkpoints") is None
+        if fresh and stage > 1 and not (Path(config.run.init) / stage_directory.LORA).is_dir():
+            self.fitted = warm_start.fit_shrinking_adapter(self)
         groups = freeze.parameter_groups(self.model, config.optim.trainable, config.optim.weight_decay)
         parallel.shard(self.model, world, config.run.replicate, shard_encoder=not config.data.cache_frames)
         if world.size > 1:  # sharding replaced the parameters
             groups = freeze.parameter_groups(self.model, config.optim.trainable, config.optim.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
         self.trained = [p for group in groups for p in group["params"]]
-        self.cache: dict[str, Tensor] = {}
-        maker = BatchMaker(self.rows, self.processor, config.run.seed, with_prompts=stage > 1, cached=self.cache)
-        workers = 0 if config.data.cache_frames else config.data.workers  # a worker process would not see the cache
-        picks = sampler.build(self.rows, config.data, config.run.seed, world.rank, world.size)
-        self.loader = StatefulDataLoader(maker, sampler=picks, batch_size=None, num_workers=workers)
         self.metrics = Metrics(self.out, world.main, config.optim.steps)
         self.step = 0
         self.bad_steps = 0
@@ -57,8 +61,15 @@ class Trainer:
         self.seen = 0
         self.stop_signal = 0
         self.candidates = self._corpus_tokens() if stage == 1 and config.optim.ctc_candidates else None
-        dtype = build.frozen_dtype(config.model, world.device)
-        self.autocast = (lambda: torch.autocast(world.device.type, dtype)) if dtype != torch.float32 else nullcontext
+
+    def make_loader(self, rank: int, world: int, seed: int | None = None) -> StatefulDataLoader:
+        """Endless batches of one rank; the same for the same (seed, rank, world)."""
+        config = self.config
+        seed = config.run.seed if seed is None else seed
+        maker = BatchMaker(self.rows, self.processor, config.run.seed, with_prompts=self.stage > 1, cached=self.cache)
+        workers = 0 if config.data.cache_frames else config.data.workers  # a worker process would not see the cache
+        picks = sampler.build(self.rows, config.data, seed, rank, world)
+        return StatefulDataLoader(maker, sampler=picks, batch_size=None, num_workers=workers)
 
     # -- pieces of a step --------------------------------------------------------------------------------------
 
@@ -84,27 +95,37 @@ class Trainer:
         done = min(1.0, max(0.0, (self.step - start) / max(1.0, optim.steps - start)))
         return optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
-    def _audio_inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """The encoder's input, or its cached output, for the model's forward."""
+    def encoded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The frozen encoder's frames (N, T50, d_enc) and their lengths.
+
+        Where they are cached, each utterance is encoded once and alone, so that its frames do not depend, in the last
+        bit, on the batch it first came in: a resumed run sees the same.
+        """
         device = self.world.device
         if not self.config.data.cache_frames:
-            return {
-                "input_features": SoundwaveProcessor.pad_mels(batch.mels).to(device),
-                "feature_lengths": batch.mel_lengths,
-            }
-        fresh = [i for i, mel in enumerate(batch.mels) if mel is not None]
-        new: dict[int, Tensor] = {}
-        if fresh:
-            mels = SoundwaveProcessor.pad_mels([batch.mels[i] for i in fresh]).to(device)
             with self.autocast():
-                frames, lengths = self.model.encode(mels, batch.mel_lengths[fresh])
-            for i, row, length in zip(fresh, frames, lengths.tolist(), strict=True):
-                new[i] = row[:length].to(torch.float16).cpu()
-                if batch.ids[i]:
-                    self.cache[batch.ids[i]] = new[i]
-        rows = [new[i] if i in new else self.cache[batch.ids[i]] for i in range(len(batch.ids))]
+                return self.model.encode(**self._audio_inputs(batch))
+        rows = []
+        for name, mel, length in zip(batch.ids, batch.mels, batch.mel_lengths, strict=True):
+            row = self.cache.get(name)
+            if row is None:
+                with self.autocast():
+                    frames, _ = self.model.encode(mel[None].to(device), length[None].to(device))
+                row = frames[0].to(torch.float16).cpu()
+                if name:
+                    self.cache[name] = row
+            rows.append(row)
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float().to(device)
-        return {"encoder_frames": padded, "frame_lengths": torch.tensor([len(r) for r in rows], device=device)}
+        return padded, (batch.mel_lengths // MEL_PER_FRAME).to(device)
+
+    def _audio_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The encoder's input, or its cached output, for the model's forward."""
+        if self.config.data.cache_frames:
+            frames, lengths = self.encoded(batch)
+            return {"encoder_frames": frames, "frame_lengths": lengths}
+        device = self.world.device
+        mels = SoundwaveProcessor.pad_mels(batch.mels).to(device)
+        return {"input_features": mels, "feature_lengths": batch.mel_lengths.to(device)}
 
     def _forward_backward(self, batch: Batch, counts: Tensor) -> Tensor:
         """Backward of this batch's share of the global mean loss; returns (ce sum, ctc sum, audio tokens, frames)."""
@@ -167,6 +188,11 @@ class Trainer:
             UserError: too much bad audio, or too many steps that are not finite.
         """
         self._resume()
+        if self.fitted is not None:
+            share = f"{self.fitted:.1%} of their variance explained"
+            self.metrics.say(f"shrinking adapter fitted to the LLM's embeddings: {share}")
+        self.model.train()
+        self.model.audio_tower.eval()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         batches = iter(self.loader)
@@ -223,12 +249,7 @@ class Trainer:
         if extra["same_world"]:
             self.loader.load_state_dict(extra["loader"])
         else:  # the order of the data is per world size: draw anew, from another seed
-            self.loader.batch_sampler = None
-            seed = self.config.run.seed + 1000 + self.step
-            picks = sampler.build(self.rows, self.config.data, seed, self.world.rank, self.world.size)
-            self.loader = StatefulDataLoader(
-                self.loader.dataset, sampler=picks, batch_size=None, num_workers=self.loader.num_workers
-            )
+            self.loader = self.make_loader(self.world.rank, self.world.size, self.config.run.seed + 1000 + self.step)
         self.metrics.resume(self.step)
         self.metrics.say(f"resuming {self.out} at step {self.step}")
 

@@ -47,7 +47,7 @@ class AlignmentAdapter(nn.Module):
         if self.over_time:
             padding = torch.arange(x_BTD.shape[1], device=x_BTD.device) >= lengths[:, None].clamp_min(1)
             # float mask: the boolean one sends nn.TransformerEncoderLayer down a nested-tensor path at inference
-            mask = torch.zeros(padding.shape, dtype=x_BTD.dtype, device=x_BTD.device).masked_fill(padding, float("-inf"))
+            mask = torch.zeros_like(padding, dtype=x_BTD.dtype).masked_fill(padding, float("-inf"))
             x_BTD = self.asr_transformer_encoder(x_BTD, src_key_padding_mask=mask)
         else:
             x_BTD = self.asr_transformer_encoder(x_BTD.reshape(-1, 1, x_BTD.shape[-1])).view_as(x_BTD)

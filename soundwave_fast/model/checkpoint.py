@@ -83,16 +83,23 @@ def from_parts(
     return model
 
 
+LOGIT_STD = 7.0  # of a tied head at the start; at 2 (LayerNorm's gain 1) CTC stays on its blank plateau far longer
+
+
 def initialise_adapters(model: Any) -> None:
     """Start values for training from scratch, taken from the LLM's token embeddings."""
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().weight.float()
     model.shrinking_adapter.match_embedding(embedding)
-    with torch.no_grad():
-        if model.ctc_head.tied:
-            model.ctc_head.blank_row.copy_(embedding.float().mean(0))
+    if model.ctc_head.tied:
+        with torch.no_grad():
+            model.ctc_head.blank_row.copy_(embedding.mean(0))
+            gain = LOGIT_STD / (embedding.shape[1] ** 0.5 * embedding.std(0).mean())
+            model.alignment_adapter.out_norm.weight.fill_(gain)
 
 
-def save_stage_directory(model: Any, path: Path, processor: Any = None, adapters: dict | None = None, lora: dict | None = None) -> None:
+def save_stage_directory(
+    model: Any, path: Path, processor: Any = None, adapters: dict | None = None, lora: dict | None = None
+) -> None:
     """Write config, adapters, LoRA (an ordinary PEFT folder) and processor.
 
     Args:
@@ -129,7 +136,8 @@ def load_adapters(model: Any, path: Path, parts: tuple[str, ...] = TRAINED) -> N
         raise ValueError(f"{path / ADAPTERS}: missing {missing or 'nothing'}, not expected {extra or 'nothing'}")
     for name, tensor in saved.items():
         if own[name].shape != tensor.shape:
-            raise ValueError(f"{path / ADAPTERS}: {name} is {tuple(tensor.shape)}, the model has {tuple(own[name].shape)}")
+            shapes = f"{tuple(tensor.shape)}, the model has {tuple(own[name].shape)}"
+            raise ValueError(f"{path / ADAPTERS}: {name} is {shapes}")
     model.load_state_dict(saved, strict=False)
 
 

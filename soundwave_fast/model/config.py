@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-# Each row is one point of difference between the authors' released code (whose weights need it) and the paper's text.
+# One row a point where the authors' released code (whose weights need it) and the paper's text differ.
 SEMANTICS: dict[str, dict[str, Any]] = {
     "released": {
-        "adapter_attention": "position",  # the layer attends over a length-1 axis there: position-wise, no mixing in time
+        "adapter_attention": "position",  # the layer attends over a length-1 axis there: no mixing in time
         "look_back_keys": "kept",  # key_padding_mask=~kept: only the kept frames of the utterance are keys
         "drop_blank": False,  # a blank run stays, as one frame
         "mask_frames": False,  # CTC and peaks run over the whole padded window
@@ -96,7 +96,7 @@ class SoundwaveConfig(PreTrainedConfig):
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(map(str, choices))}")
         if ctc_head == "tied" and self.ctc_blank_id != vocab:
             raise ValueError(
-                f"ctc_blank_id: with ctc_head='tied' the blank is the one extra row, id {vocab}, got {self.ctc_blank_id}"
+                f"ctc_blank_id: with ctc_head='tied' it is the one extra row, id {vocab}, got {self.ctc_blank_id}"
             )
         kwargs.pop("tie_word_embeddings", None)  # the LLM's own affair: text_config says it
         super().__init__(tie_word_embeddings=False, **kwargs)

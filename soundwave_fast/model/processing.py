@@ -61,6 +61,8 @@ class SoundwaveProcessor(ProcessorMixin):
         """
         if not len(wave):
             raise ValueError("audio: holds no samples")
+        if not np.isfinite(wave).all():
+            raise ValueError("audio: holds samples that are not finite")
         if len(wave) > MAX_SECONDS * SAMPLE_RATE:
             raise ValueError(f"audio: {len(wave) / SAMPLE_RATE:.1f} s, one window holds {MAX_SECONDS:.0f} s")
         samples = max(len(wave), int(MIN_SECONDS * SAMPLE_RATE))

@@ -33,10 +33,10 @@ class ShrinkingAdapter(nn.Module):
 
     @torch.no_grad()
     def match_embedding(self, embedding_VD: Tensor) -> None:
-        """Start where the LLM can read: the output has the mean and spread of its token embeddings, look-back adds 0.
+        """Give the output the mean and spread of the LLM's token embeddings; look-back adds nothing yet.
 
-        Only for training from scratch. LayerNorm's gain becomes the embeddings' standard deviation per dimension and
-        its bias their mean; the attention's output projection starts at 0 and learns from there.
+        Only for training from scratch: LayerNorm's gain becomes the embeddings' standard deviation per dimension, its
+        bias their mean, and the attention's output projection starts at 0.
         """
         rows = embedding_VD.float()
         self.atten_layer_norm.weight.copy_(rows.std(0))
@@ -45,14 +45,63 @@ class ShrinkingAdapter(nn.Module):
             self.encoder_attn.out_proj.weight.zero_()
             self.encoder_attn.out_proj.bias.zero_()
 
-    def forward(
+    @torch.no_grad()
+    def fit_embedding(
+        self,
+        hidden_ND: Tensor,  # alignment-adapter frames at the peaks of some training speech
+        tokens_N: Tensor,  # the CTC head's token of each, no blanks
+        embedding_VD: Tensor,
+        ridge: float = 1e-2,
+        self_score: float = 72.0,
+    ) -> float:
+        """Start stage 2 with audio tokens the LLM can already read; returns the share of variance explained.
+
+        A frame that the CTC head calls token k has a large product with the embedding of k, but does not lie near it:
+        the LLM meets a foreign code, and LoRA alone takes hundreds of steps to learn it. So the look-back attention
+        begins as 'look at yourself' (query and key projections are one multiple of the identity, self-score
+        `self_score`; values pass unchanged) and its output projection is the ridge regression from frames to
+        embeddings, every token type weighted alike. All of it goes on training.
+
+        Raises:
+            ValueError: no frames, or an adapter without look-back.
+        """
+        if not self.look_back:
+            raise ValueError("look_back: without it the shrinking adapter has no projection to fit")
+        if not len(tokens_N):
+            raise ValueError("hidden_ND: no frames to fit")
+        width = hidden_ND.shape[1]
+        x, embedding = hidden_ND.double(), embedding_VD.double()
+        mean, spread = embedding.mean(0), embedding.std(0).clamp_min(1e-8)
+        wanted = (embedding[tokens_N] - mean) / spread
+        weight = 1.0 / torch.bincount(tokens_N, minlength=len(embedding))[tokens_N].double()
+        weighted = x * (weight / weight.mean())[:, None]
+        gram = weighted.T @ x
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        linear = torch.linalg.solve(gram, weighted.T @ wanted)  # wanted ~ x @ linear
+        fitted = x @ linear
+        # as large as the frames themselves: the residual is subtracted, LayerNorm sets the final size
+        scale = x.norm(dim=1).mean() / fitted.norm(dim=1).mean()
+        eye = torch.eye(width, dtype=x.dtype, device=x.device)
+        head_width = width // self.heads
+        c = (self_score * head_width**0.5 / (x.square().sum(1).mean() / self.heads)).sqrt()
+        attention = self.encoder_attn
+        attention.in_proj_weight.copy_(torch.cat([c * eye, c * eye, eye]))
+        attention.in_proj_bias.zero_()
+        attention.out_proj.weight.copy_((scale * linear - eye).T)
+        attention.out_proj.bias.zero_()
+        self.atten_layer_norm.weight.copy_(spread * wanted.norm(dim=1).mean() / width**0.5)
+        self.atten_layer_norm.bias.copy_(mean)
+        return float(1 - (fitted - wanted).square().sum() / wanted.square().sum())
+
+    def peaks(
         self,
         hidden_BTD: Tensor,
         tokens_BT: Tensor,  # (B, T) the CTC head's argmax
         lengths: Tensor,  # (B,) frames that count
         log_probs_BT: Tensor | None = None,  # probability of each frame's token, for peak_select='peak'
     ) -> Packed:  # .data (kept frames in all, D), .index flat b * T + t
-        peaks = peak_gather(
+        """The frames that are kept, as they are."""
+        return peak_gather(
             hidden_BTD,
             tokens_BT,
             lengths,
@@ -61,6 +110,12 @@ class ShrinkingAdapter(nn.Module):
             select=self.select,
             scores=log_probs_BT,
         )
+
+    def forward(
+        self, hidden_BTD: Tensor, tokens_BT: Tensor, lengths: Tensor, log_probs_BT: Tensor | None = None
+    ) -> Packed:
+        """`peaks`, after look-back, residual and LayerNorm: what the LLM reads."""
+        peaks = self.peaks(hidden_BTD, tokens_BT, lengths, log_probs_BT)
         x_ND = peaks.data
         if self.look_back:
             x_ND = x_ND + self._attend(peaks, hidden_BTD, lengths)

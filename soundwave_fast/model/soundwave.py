@@ -104,7 +104,11 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         """
         if checkpoint.is_stage_directory(name):
             return checkpoint.from_stage_directory(cls, Path(name), *args, **kwargs)
-        return super().from_pretrained(name, *args, **kwargs)
+        with_language_model = kwargs.pop("with_language_model", None)
+        model = super().from_pretrained(name, *args, **kwargs)
+        if with_language_model is False:  # the embedding is saved inside the LLM: load both, keep the one
+            model.token_embedding, model.language_model = model.get_input_embeddings(), None
+        return model
 
     # -- the LLM, with or without LoRA around it ---------------------------------------------------------------
 
@@ -127,7 +131,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
     @torch.no_grad()
     def encode(self, input_features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Frozen Whisper: log-mel (N, mels, M) and its lengths -> frames (N, M // 2, d_enc), 50 a second, and lengths."""
+        """Frozen Whisper: log-mel (N, mels, M), lengths -> frames (N, M // 2, d_enc), 50 a second, and lengths."""
         whole = torch.full_like(feature_lengths, input_features.shape[-1])
         masked = self.config.encoder_pad == "longest"
         frames = encode_frames(self.audio_tower, input_features, feature_lengths if masked else whole)
@@ -146,7 +150,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         if not self.config.mask_frames:
             frame_lengths = torch.full_like(frame_lengths, frames_BTE.shape[1])
         embedding = self.get_input_embeddings().weight if self.ctc_head.tied else None
-        hidden, lengths = self.alignment_adapter(frames_BTE.to(self.alignment_adapter.out_norm.weight.dtype), frame_lengths)
+        frames_BTE = frames_BTE.to(self.alignment_adapter.out_norm.weight.dtype)
+        hidden, lengths = self.alignment_adapter(frames_BTE, frame_lengths)
         tokens = log_probs = ctc = None
         by_probability = self.config.peak_select == "peak"
         if ctc_targets is not None:
@@ -236,8 +241,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     ) -> Tensor:  # (B, new tokens)
         """New tokens only. Prompts without audio go to the LLM as they are."""
         if input_features is None and encoder_frames is None:
-            prompt = input_ids.shape[1]
-            return self.language_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[:, prompt:]
+            both = self.language_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return both[:, input_ids.shape[1] :]
         if encoder_frames is None:
             encoder_frames, frame_lengths = self.encode(input_features, feature_lengths)
         audio = self.shrink(self.hear(encoder_frames, frame_lengths))

@@ -14,6 +14,7 @@ from torch import Tensor
 from soundwave_fast.audio import MAX_SECONDS, SAMPLE_RATE, load_audio
 from soundwave_fast.model.losses import IGNORE
 from soundwave_fast.model.processing import SoundwaveProcessor
+from soundwave_fast.model.whisper import MEL_PER_FRAME
 from train.data import tasks
 from train.data.manifest import Utterance
 
@@ -37,9 +38,8 @@ class Batch:
     @property
     def counts(self) -> Tensor:
         """Predicted tokens and utterances with a CTC target, what the losses are divided by: (2,)."""
-        return torch.tensor(
-            [float((self.labels[:, 1:] != IGNORE).sum()), float((self.ctc_target_lengths > 0).sum())], dtype=torch.float64
-        )
+        predicted, transcribed = (self.labels[:, 1:] != IGNORE).sum(), (self.ctc_target_lengths > 0).sum()
+        return torch.stack([predicted, transcribed]).double()
 
     def to(self, device: torch.device) -> Batch:
         names = ("input_ids", "attention_mask", "labels", "ctc_targets", "ctc_target_lengths", "mel_lengths")
@@ -107,7 +107,7 @@ class BatchMaker(torch.utils.data.Dataset):
             raise ValueError("too long")
         mel = None
         if row.id in self.cached:
-            length = self.cached[row.id].shape[0] * 2
+            length = self.cached[row.id].shape[0] * MEL_PER_FRAME
         else:
             wave = load_audio(row.audio)
             mel, length = self.processor.log_mel(wave), self.processor.mel_length(wave)

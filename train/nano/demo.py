@@ -127,7 +127,8 @@ def _go(args: argparse.Namespace) -> None:
         if code:
             raise UserError("the speech could not be made; see above")
         train, test = [str(folder / "train.jsonl")], folder / "test.jsonl"
-    for number, what in ((1, "CTC teaches the alignment adapter"), (2, "shrinking adapter + LoRA"), (3, "instructions")):
+    lessons = ("CTC teaches the alignment adapter", "shrinking adapter + LoRA", "instructions")
+    for number, what in enumerate(lessons, 1):
         _say(f"{number + 2}/6 stage {number}: {what}")
         # evaluated once, at the end, but for stage 1's CTC WER
         extra = ["--train", *train, "--valid", str(test)]

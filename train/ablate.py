@@ -1,0 +1,108 @@
+"""Ablations from short runs of all three stages: look-back, blanks, CTC head, temperature - one table.
+
+`python train/ablate.py --train MANIFEST --test MANIFEST --out DIR [--only NAME ...] [key=value ...]`; finished runs are
+kept, so the command can be stopped and given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from train.config import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+# name -> (what changes, settings of every stage, first stage that differs from the baseline)
+VARIANTS: dict[str, tuple[str, list[str], int]] = {
+    "baseline": ("look-back over all frames, blanks dropped, tied head, T = 1 + 5 epoch", [], 1),
+    "no-look-back": ("kept frames go to LayerNorm alone", ["model.look_back=false"], 1),
+    "kept-keys": ("look-back over the kept frames only, as released", ["model.look_back_keys=kept"], 2),
+    "keep-blanks": ("a blank run stays, as one frame", ["model.drop_blank=false"], 2),
+    "free-head": ("trainable Linear(D, V + 1) instead of the LLM's embeddings", ["model.ctc_head=free"], 1),
+    "no-temperature": ("tasks in proportion to their rows throughout", ["data.temperature=[1.0, 0.0]"], 2),
+}
+QUESTIONS = ("first_word", "last_word", "capitals", "slot")
+
+
+def _run(command: list[str]) -> None:
+    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"{' '.join(command[:6])} ... failed (exit code {code})")
+
+
+def _stages(name: str, out: Path, args: argparse.Namespace) -> Path:
+    """Run (or find) the stages of one variant; those before the first that differs are the baseline's."""
+    _, settings, first = VARIANTS[name]
+    previous = None
+    for stage in (1, 2, 3):
+        own = out / (name if stage >= first else "baseline") / f"stage{stage}"
+        command = [f"train/stage{stage}.py", "--config", args.config, "--train", *args.train, "--out", str(own)]
+        command += ["--valid", *args.test, "run.valid_utterances=0"]
+        command += ["--init", str(previous)] if previous else []
+        _run([*command, *(settings if stage >= first else []), *args.settings])
+        previous = own
+    return previous
+
+
+def _score(folder: Path, args: argparse.Namespace) -> dict:
+    target = folder / "held_out.json"
+    if not target.is_file():
+        questions = ",".join(args.questions)
+        command = ["train/evaluate.py", str(folder), *args.test, "--questions", questions, "--json", str(target)]
+        _run(command + (["--limit", str(args.limit)] if args.limit else []))
+    return json.loads(target.read_text())
+
+
+def table(scores: dict[str, dict]) -> str:
+    """Markdown, one row a variant."""
+    tasks = sorted({task for row in scores.values() for task in row.get("answers", {})})
+    head = ["variant", "CTC WER", "LLM WER", "frames per audio token", *tasks]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, row in scores.items():
+        answers = row.get("answers", {})
+        cells = [name, f"{100 * row['ctc_wer']:.1f} %", f"{100 * row['llm_wer']:.1f} %", f"{row['compression']:.1f}"]
+        cells += ["{}/{}".format(*answers[task]) if task in answers else "" for task in tasks]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"- {name}: {VARIANTS[name][0]}" for name in scores)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="train/ablate.py", description=__doc__)
+    parser.add_argument("--config", default="nano")
+    parser.add_argument("--train", nargs="+", default=["runs/nano/speech/train.jsonl"], metavar="MANIFEST")
+    parser.add_argument("--test", nargs="+", default=["runs/nano/speech/test.jsonl"], metavar="MANIFEST")
+    parser.add_argument("--out", default="runs/ablation")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--questions", nargs="*", default=list(QUESTIONS))
+    parser.add_argument("--limit", type=int, default=0, help="score only the first N utterances")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="for every stage of every variant")
+    args = parser.parse_intermixed_args(argv)
+    out = Path(args.out)
+    scores: dict[str, dict] = {}
+    try:
+        for name in args.only:
+            print(f"=== {name}: {VARIANTS[name][0]}", flush=True)
+            scores[name] = _score(_stages(name, out, args), args)
+            temporary = out / "table.md.tmp"
+            temporary.write_text(table(scores) + "\n")
+            os.replace(temporary, out / "table.md")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"ablate: {error}", file=sys.stderr)
+        return 2
+    print("\n" + table(scores))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
