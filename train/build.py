@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from soundwave_fast.model import SoundwaveConfig, SoundwaveForConditionalGeneration, SoundwaveProcessor
 from soundwave_fast.model import checkpoint as stage_directory
@@ -74,6 +75,7 @@ def build(
     Raises:
         UserError: parts that cannot be loaded, or a previous stage that does not fit.
     """
+    logging.disable_progress_bar()  # a bar for every part loaded would bury the run's own lines
     settings = config.model
     previous = previous_stage(config.run.init, stage)
     whisper, llm = resolve_part(settings.whisper, "whisper"), resolve_part(settings.llm, "llm")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import errno
 import os
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from train.config import UserError
+from train.config import disk_errors
 from train.parallel import World
 
 _OPTIONS = {"ignore_frozen_params": True}
@@ -27,17 +24,6 @@ def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint; half-written ones (.tmp) do not count."""
     found = sorted(folder.glob("step-*[0-9]"))
     return found[-1] if found else None
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A full disk or a directory that cannot be written becomes one clear line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise UserError(f"{path}: {os.strerror(error.errno).lower()}; the last checkpoint is intact") from None
-        raise
 
 
 def save(folder: Path, step: int, model: torch.nn.Module, optimizer: Any, extra: dict, world: World) -> Path:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
+import os
 import types
 import typing
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,17 @@ PRESETS = Path(__file__).parent / "configs"
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full disk or a directory that cannot be written becomes one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"{path}: {os.strerror(error.errno).lower()}; the last checkpoint is intact") from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -91,8 +106,12 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
-def load(preset: str, stage: int, overrides: list[str] | dict[str, Any] = ()) -> Config:
-    """A preset's name (train/configs) or a YAML file, its common part, then its `stageN` part, then overrides.
+def load(preset: str, stage: int, overrides: dict[str, Any] | None = None, settings: Iterable[str] = ()) -> Config:
+    """A preset's name (train/configs) or a YAML file: its common part, its `stageN` part, then what was asked for.
+
+    Args:
+        overrides: dotted key -> value, from named options.
+        settings: 'key=value' texts, applied last.
 
     Raises:
         UserError: no such preset, broken YAML, an unknown key (with the nearest known one), a value of the wrong type.
@@ -103,18 +122,51 @@ def load(preset: str, stage: int, overrides: list[str] | dict[str, Any] = ()) ->
         raise UserError(f"--config {preset}: no such file or preset (presets: {known})")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: the file takes keys, got {tree!r}")
     stages = {key: tree.pop(key) or {} for key in list(tree) if key in ("stage1", "stage2", "stage3")}
     config = _merge(Config(), tree, str(path))
     config = _merge(config, stages.get(f"stage{stage}", {}), f"{path}: stage{stage}")
-    pairs = overrides.items() if isinstance(overrides, dict) else map(_split, overrides)
-    for key, value in pairs:
+    for key, value in [*(overrides or {}).items(), *map(_split, settings)]:
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
         config = _merge(config, nested, "command line")
+    _check_numbers(config)
     return config
+
+
+_LEAST = {
+    "model.lora_rank": 1,
+    "data.batch_size": 1,
+    "data.buckets": 1,
+    "data.workers": 0,
+    "optim.steps": 0,
+    "optim.warmup": 0,
+    "optim.accumulate": 1,
+    "optim.ctc_candidates": 0,
+    "run.threads": 0,
+    "run.log_every": 1,
+    "run.save_every": 0,
+    "run.valid_utterances": 0,
+}
+
+
+def _check_numbers(config: Config) -> None:
+    for key, least in _LEAST.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value < least:
+            raise UserError(f"{key}: must be at least {least}, got {value}")
+    positive = {f"data.tasks.{task}": weight for task, weight in config.data.tasks.items()}
+    positive["data.batch_seconds"] = config.data.batch_seconds
+    positive["data.temperature"] = config.data.temperature[0]
+    positive["optim.clip"] = config.optim.clip
+    for key, value in positive.items():
+        if not value > 0:
+            raise UserError(f"{key}: must be above 0, got {value}")
 
 
 def _split(text: str) -> tuple[str, Any]:

@@ -14,10 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 import torch
 from tqdm import tqdm
+from transformers.utils import logging
 
-from soundwave_fast.audio import load_audio
+from soundwave_fast.audio import MAX_SECONDS, SAMPLE_RATE, load_audio
 from soundwave_fast.model import SoundwaveForConditionalGeneration, SoundwaveProcessor
 from soundwave_fast.text import collapse, normalise, word_error_rate
 from train.config import UserError
@@ -30,6 +32,7 @@ class Scores:
     """What `evaluate` measures; rates are shares, not per cent."""
 
     utterances: int = 0
+    skipped: int = 0  # more of them, whose audio could not be used
     ctc_wer: float | None = None
     llm_wer: float | None = None
     frames: int = 0  # adapter frames (25 a second)
@@ -49,6 +52,8 @@ class Scores:
     def lines(self) -> list[str]:
         """The same for people."""
         out = [f"{self.utterances} utterances, {self.audio_seconds:.0f} s of audio, scored in {self.seconds:.0f} s"]
+        if self.skipped:
+            out.append(f"skipped          {self.skipped} more: audio that cannot be read or is too long")
         if self.ctc_wer is not None:
             out.append(f"CTC greedy WER   {100 * self.ctc_wer:5.1f} %")
         if self.llm_wer is not None:
@@ -59,6 +64,15 @@ class Scores:
         for name, (right, asked) in self.answers.items():
             out.append(f"{name:16s} {right}/{asked} right")
         return out
+
+
+def _wave(row: Utterance) -> np.ndarray | None:
+    """The waveform, or None where it cannot be used."""
+    try:
+        wave = load_audio(row.audio)
+    except (OSError, ValueError):
+        return None
+    return wave if len(wave) <= MAX_SECONDS * SAMPLE_RATE else None
 
 
 def _batches(items: list, size: int):
@@ -78,11 +92,11 @@ def evaluate(
 ) -> Scores:
     """Score `rows`: CTC always, the LLM's transcript where there is an LLM, and each task of `questions` once a row.
 
-    An answer is right when it equals the expected one after normalisation.
+    An answer is right when it equals the expected one after normalisation. Audio that cannot be used is skipped.
     """
     was_training = model.training
     model.eval()
-    scores, started = Scores(utterances=len(rows)), time.perf_counter()
+    scores, started, skipped = Scores(), time.perf_counter(), set()
     device = next(model.parameters()).device
     rng = random.Random(0)
     jobs = [("asr", row, *tasks.ask("asr", row, random.Random(0))) for row in rows if row.text.strip()]
@@ -94,11 +108,16 @@ def evaluate(
     refs, ctc, llm, tally = [], [], [], defaultdict(lambda: [0, 0])
     bar = tqdm(total=len(jobs), desc="evaluating", unit="utt", disable=not (progress and sys.stderr.isatty()))
     for batch in _batches(jobs, batch_size):
+        bar.update(len(batch))
+        waves = [_wave(row) for _, row, _, _ in batch]
+        skipped |= {row.id for (_, row, _, _), wave in zip(batch, waves, strict=True) if wave is None}
+        batch = [job for job, wave in zip(batch, waves, strict=True) if wave is not None]
+        if not batch:
+            continue
         inputs = processor(
             text=[processor.prompt(prompt) for _, _, prompt, _ in batch],
-            audio=[load_audio(row.audio) for _, row, _, _ in batch],
+            audio=[wave for wave in waves if wave is not None],
         ).to(device)
-        heard_asr = batch[0][0] == "asr"
         frames, lengths = model.encode(inputs["input_features"], inputs["feature_lengths"])
         heard = model.hear(frames, lengths)
         ctc_texts = [
@@ -107,9 +126,9 @@ def evaluate(
         ]
         outputs = [""] * len(batch)
         if model.language_model is not None:
-            if heard_asr:
-                scores.frames += int(heard.lengths.sum())
-                scores.audio_tokens += int(model.shrink(heard).lengths.sum())
+            transcripts = sum(task == "asr" for task, *_ in batch)  # they come first
+            scores.frames += int(heard.lengths[:transcripts].sum())
+            scores.audio_tokens += int(model.shrink(heard).lengths[:transcripts].sum())
             generated = model.generate(
                 inputs["input_ids"],
                 inputs["attention_mask"],
@@ -133,12 +152,12 @@ def evaluate(
                 same = said == wanted if task == "capitals" else normalise(said) == normalise(wanted)
                 tally[task][0] += same
                 tally[task][1] += 1
-        bar.update(len(batch))
     bar.close()
     if refs:
         scores.ctc_wer = word_error_rate(refs, ctc)
         scores.llm_wer = word_error_rate(refs, llm) if model.language_model is not None else None
     scores.answers = {task: (right, asked) for task, (right, asked) in tally.items()}
+    scores.skipped, scores.utterances = len(skipped), len(rows) - len(skipped)
     scores.seconds = time.perf_counter() - started
     model.train(was_training)
     return scores
@@ -153,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--json", help="write figures and all outputs here")
     args = parser.parse_args(argv)
+    logging.disable_progress_bar()
     try:
         rows = [row for path in args.manifest for row in read(path)]
         rows = rows[: args.limit] if args.limit else rows
@@ -164,6 +184,8 @@ def main(argv: list[str] | None = None) -> int:
             model = SoundwaveForConditionalGeneration.from_pretrained(args.checkpoint)
             processor = SoundwaveProcessor.from_pretrained(args.checkpoint)
             scores = evaluate(model, processor, rows, questions, args.batch_size)
+            if not scores.utterances:
+                raise UserError(f"{', '.join(args.manifest)}: no audio that can be used")
         except (OSError, ValueError) as error:
             raise UserError(" ".join(str(error).split())[:300]) from None
     except UserError as error:

@@ -35,7 +35,7 @@ class Metrics:
         self.path, self.main, self.steps = folder / FILE, main, steps
         self.bar = tqdm(total=steps, unit="step", dynamic_ncols=True) if main and sys.stderr.isatty() else None
         self.recent: list[dict] = []
-        self.started, self.first = time.monotonic(), None
+        self.started, self.first = 0.0, None
 
     def resume(self, step: int) -> None:
         """Forget rows past the checkpoint: they will be made again."""
@@ -56,7 +56,8 @@ class Metrics:
         """One step's figures: {ce, ctc, step_s, audio_s, frames, audio_tokens, ...}."""
         if not self.main:
             return
-        self.first = step - 1 if self.first is None else self.first
+        if self.first is None:  # timed from the end of the first step: it pays for warming up
+            self.first, self.started = step, time.monotonic()
         self.recent = [*self.recent[-(every - 1) :], row] if every > 1 else [row]
         row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
         with self.path.open("a") as file:

@@ -42,9 +42,10 @@ def stop() -> None:
 
 
 def shard(model: nn.Module, world: World, replicate: int, shard_encoder: bool) -> None:
-    """`fully_shard` in place: each LLM layer, the encoder as one unit, the rest with the root.
+    """`fully_shard` in place: each layer of LLM and encoder, the rest with the root.
 
-    The LLM as a whole is no unit of its own: its embedding is used by the wrapper before its forward runs.
+    Neither LLM nor encoder is a unit of its own: the wrapper uses the LLM's embedding before its forward runs, and
+    the encoder's convolutions without its forward.
     `shard_encoder` must be False where ranks may skip the encoder (cached frames), or its collectives would not match.
 
     Raises:
@@ -64,7 +65,8 @@ def shard(model: nn.Module, world: World, replicate: int, shard_encoder: bool) -
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     ignored: set[nn.Parameter] = set()
     if shard_encoder:
-        fully_shard(model.audio_tower, mesh=mesh)
+        for layer in model.audio_tower.layers:
+            fully_shard(layer, mesh=mesh)
     else:
         ignored = set(model.audio_tower.parameters())
     if model.language_model is not None:
@@ -80,14 +82,25 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Full tensors of all trainable parameters, on rank 0's CPU (elsewhere possibly empty); a collective."""
+def trained_state(model: nn.Module, also: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Full tensors of all trainable parameters, on rank 0's CPU (elsewhere possibly empty); a collective.
+
+    Args:
+        also: prefixes of parameters to gather even where they are frozen.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+        wanted = ((name, p) for name, p in model.named_parameters() if p.requires_grad or name.startswith(also))
+        return {name: p.detach().cpu() for name, p in wanted}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    return get_model_state_dict(model, options=options)
+    state = get_model_state_dict(model, options=options)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and name.startswith(also):
+            full = parameter.detach().full_tensor()  # on every rank: a collective
+            if dist.get_rank() == 0:
+                state[name] = full.cpu()
+    return state
 
 
 def barrier() -> None:

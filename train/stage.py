@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
-from train.config import Config, UserError, dump, load
+from train.config import Config, UserError, disk_errors, dump, load
 
 DONE = "done.json"
 
@@ -33,7 +34,16 @@ def _arguments(stage: int, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="output directory (run.out)")
     parser.add_argument("--overwrite", action="store_true", help="throw away a run with other settings in --out")
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    for name in ("train", "valid"):  # "--train a.jsonl optim.steps=5": a setting, not a second manifest
+        given = getattr(args, name) or []
+        args.settings += [text for text in given if _is_setting(text)]
+        setattr(args, name, [text for text in given if not _is_setting(text)] or None)
+    return args
+
+
+def _is_setting(text: str) -> bool:
+    return "=" in text and not Path(text).exists()
 
 
 def _config(args: argparse.Namespace, stage: int) -> Config:
@@ -45,8 +55,8 @@ def _config(args: argparse.Namespace, stage: int) -> Config:
         "run.init": args.init,
         "run.out": args.out,
     }
-    config = load(args.config, stage, {k: v for k, v in overrides.items() if v is not None})
-    config = load_more(config, args.settings)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    config = load(args.config, stage, given, args.settings)
     if not config.run.out:
         raise UserError("--out: no output directory")
     if not config.data.train:
@@ -56,44 +66,58 @@ def _config(args: argparse.Namespace, stage: int) -> Config:
     return config
 
 
-def load_more(config: Config, settings: list[str]) -> Config:
-    """`key=value` settings on top of a config."""
-    from train.config import _merge, _split
-
-    for setting in settings:
-        key, value = _split(setting)
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        config = _merge(config, value, "command line")
-    return config
-
-
-def _prepare_directory(config: Config, overwrite: bool) -> bool:
-    """Make `run.out`; True when it already holds this very run, finished.
+def _finished(config: Config, overwrite: bool) -> bool:
+    """Whether `run.out` already holds this very run, finished. Writes nothing.
 
     Raises:
-        UserError: it holds a run with other settings, or cannot be written.
+        UserError: it holds a run with other settings and `overwrite` is not set.
     """
-    import shutil
+    settings, text = Path(config.run.out) / "config.yaml", dump(config)
+    if settings.is_file() and settings.read_text() != text and not overwrite:
+        was = set(settings.read_text().splitlines())
+        changed = [line.strip() for line in text.splitlines() if line not in was]
+        what = "; ".join(changed[:4]) or "fewer settings"
+        raise UserError(
+            f"{config.run.out} holds a run with other settings (now {what}); --overwrite it or change --out"
+        )
+    return settings.is_file() and settings.read_text() == text and (Path(config.run.out) / DONE).is_file()
 
-    from train.checkpoint import disk_errors
 
-    out = Path(config.run.out)
+def _claim(config: Config) -> None:
+    """Make `run.out` this run's, throwing away one with other settings.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    out, text = Path(config.run.out), dump(config)
     settings = out / "config.yaml"
-    text = dump(config)
     with disk_errors(out):
         if settings.is_file() and settings.read_text() != text:
-            if not overwrite:
-                was = set(settings.read_text().splitlines())
-                changed = [line.strip() for line in text.splitlines() if line not in was]
-                what = "; ".join(changed[:4]) or "fewer settings"
-                raise UserError(f"{out} holds a run with other settings (now {what}); --overwrite it or change --out")
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         temporary = out / "config.yaml.tmp"
         temporary.write_text(text)
         os.replace(temporary, settings)
-    return (out / DONE).is_file()
+
+
+def check(stage: int, argv: list[str], previous_exists: bool = True) -> Config:
+    """Parse and check a stage's command line without running it: settings, manifests, previous stage.
+
+    Args:
+        previous_exists: False where the previous stage is still to be run.
+
+    Raises:
+        UserError: whatever is wrong with it.
+    """
+    from train.build import previous_stage
+    from train.data.manifest import read
+
+    config = _config(_arguments(stage, argv), stage)
+    for path in (*config.data.train, *config.data.valid):
+        read(path)
+    if previous_exists:
+        previous_stage(config.run.init, stage)
+    return config
 
 
 def main(stage: int, argv: list[str] | None = None) -> int:
@@ -105,16 +129,13 @@ def main(stage: int, argv: list[str] | None = None) -> int:
         from train import parallel
 
         world = parallel.start()
-        if world.main:
-            done = _prepare_directory(config, args.overwrite)
-            if done:
+        if _finished(config, args.overwrite):
+            if world.main:
                 print(f"{config.run.out}: already finished", file=sys.stderr)
-        parallel.barrier()
-        if (Path(config.run.out) / DONE).is_file():
             return 0
         return _train(config, stage, world)
     except UserError as error:
-        if world is None or world.main:
+        if int(os.environ.get("RANK", 0)) == 0:  # also before there is a world
             print(f"stage {stage}: {error}", file=sys.stderr)
         return 2
     finally:
@@ -124,9 +145,16 @@ def main(stage: int, argv: list[str] | None = None) -> int:
 
 def _train(config: Config, stage: int, world) -> int:
     from train import parallel
+    from train.data.manifest import read
     from train.trainer import Interrupted, Trainer
 
-    trainer = Trainer(config, stage, world)
+    for path in config.data.valid if config.run.valid_utterances else ():
+        read(path)  # its mistakes are said now, not after the training
+    trainer = Trainer(config, stage, world)  # before anything is written: most mistakes show here
+    if world.main:
+        _claim(config)
+    parallel.barrier()
+    trainer.resume()
     try:
         trainer.run()
     except Interrupted:
@@ -141,7 +169,7 @@ def _train(config: Config, stage: int, world) -> int:
 def _report(trainer, config: Config) -> None:
     """Validation, loss curves and the marker that this stage is done."""
     from soundwave_fast import plots
-    from soundwave_fast.model import SoundwaveForConditionalGeneration
+    from soundwave_fast.model import SoundwaveForConditionalGeneration, SoundwaveProcessor
     from train import metrics
     from train.data.manifest import read
     from train.evaluate import evaluate
@@ -154,8 +182,6 @@ def _report(trainer, config: Config) -> None:
         if trainer.world.size > 1:  # sharded: read back what was saved
             del trainer
             model = SoundwaveForConditionalGeneration.from_pretrained(out, with_language_model=False)
-        from soundwave_fast.model import SoundwaveProcessor
-
         scores = evaluate(model, SoundwaveProcessor.from_pretrained(out), rows)
         print("\n".join(scores.lines()), file=sys.stderr)
         summary["valid"] = scores.summary()

@@ -17,7 +17,7 @@ from soundwave_fast.model import checkpoint as stage_directory
 from soundwave_fast.model.processing import SoundwaveProcessor
 from soundwave_fast.model.whisper import MEL_PER_FRAME
 from train import build, checkpoint, freeze, parallel, warm_start
-from train.config import Config, UserError
+from train.config import Config, UserError, disk_errors, dump
 from train.data import sampler
 from train.data.batches import Batch, BatchMaker
 from train.data.manifest import read
@@ -30,7 +30,7 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """One stage of one run; `run()` trains, resuming what `run.out` holds, and leaves a stage directory there."""
+    """One stage of one run: `resume()` finds what `run.out` holds, `run()` trains and leaves a stage directory."""
 
     def __init__(self, config: Config, stage: int, world: World) -> None:
         self.config, self.stage, self.world = config, stage, world
@@ -45,14 +45,14 @@ class Trainer:
         self.cache: dict[str, Tensor] = {}
         self.loader = self.make_loader(world.rank, world.size)
         self.fitted: float | None = None
-        fresh = checkpoint.latest(self.out / "checkpoints") is None
-        if fresh and stage > 1 and not (Path(config.run.init) / stage_directory.LORA).is_dir():
+        if stage > 1 and not (Path(config.run.init) / stage_directory.LORA).is_dir() and not self._checkpoint():
             self.fitted = warm_start.fit_shrinking_adapter(self)
         groups = freeze.parameter_groups(self.model, config.optim.trainable, config.optim.weight_decay)
         parallel.shard(self.model, world, config.run.replicate, shard_encoder=not config.data.cache_frames)
         if world.size > 1:  # sharding replaced the parameters
             groups = freeze.parameter_groups(self.model, config.optim.trainable, config.optim.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
+        # fused: one pass over a (V, D) head instead of five, and no temporaries of its size
+        self.optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, fused=True)
         self.trained = [p for group in groups for p in group["params"]]
         self.metrics = Metrics(self.out, world.main, config.optim.steps)
         self.step = 0
@@ -69,7 +69,8 @@ class Trainer:
         maker = BatchMaker(self.rows, self.processor, config.run.seed, with_prompts=self.stage > 1, cached=self.cache)
         workers = 0 if config.data.cache_frames else config.data.workers  # a worker process would not see the cache
         picks = sampler.build(self.rows, config.data, seed, rank, world)
-        return StatefulDataLoader(maker, sampler=picks, batch_size=None, num_workers=workers)
+        own = torch.Generator()  # starting the loader draws from it: the global one is where resumed dropout goes on
+        return StatefulDataLoader(maker, sampler=picks, batch_size=None, num_workers=workers, generator=own)
 
     # -- pieces of a step --------------------------------------------------------------------------------------
 
@@ -181,20 +182,18 @@ class Trainer:
     # -- the run -----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to `optim.steps`, from the newest checkpoint if there is one.
+        """Train to `optim.steps` and write the stage directory.
 
         Raises:
             Interrupted: SIGINT or SIGTERM; everything is saved.
             UserError: too much bad audio, or too many steps that are not finite.
         """
-        self._resume()
         if self.fitted is not None:
             share = f"{self.fitted:.1%} of their variance explained"
             self.metrics.say(f"shrinking adapter fitted to the LLM's embeddings: {share}")
         self.model.train()
         self.model.audio_tower.eval()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         batches = iter(self.loader)
         saved_at = time.monotonic()
         while self.step < self.config.optim.steps:
@@ -213,6 +212,8 @@ class Trainer:
                 saved_at = time.monotonic()
             if stop:
                 raise Interrupted
+        for number, handler in before.items():
+            signal.signal(number, handler)
         self._finish()
 
     def _due(self, saved_at: float) -> bool:
@@ -239,8 +240,14 @@ class Trainer:
         }
         checkpoint.save(self.out / "checkpoints", self.step, self.model, self.optimizer, own, self.world)
 
-    def _resume(self) -> None:
-        newest = checkpoint.latest(self.out / "checkpoints")
+    def _checkpoint(self) -> Path | None:
+        settings = self.out / "config.yaml"
+        same = settings.is_file() and settings.read_text() == dump(self.config)  # another run's is to be overwritten
+        return checkpoint.latest(self.out / "checkpoints") if same else None
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint of `run.out`, if there is one."""
+        newest = self._checkpoint()
         if newest is None:
             return
         extra = checkpoint.load(newest, self.model, self.optimizer, self.world)
@@ -255,8 +262,8 @@ class Trainer:
 
     def _finish(self) -> None:
         """Write the stage directory; a collective."""
-        state = parallel.trained_state(self.model)
-        with checkpoint.disk_errors(self.out):
+        state = parallel.trained_state(self.model, also=stage_directory.TRAINED)
+        with disk_errors(self.out):
             if self.world.main:
                 adapters = {
                     name: state.get(name, parameter).detach()

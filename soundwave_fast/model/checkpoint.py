@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, WhisperModel
@@ -125,11 +124,14 @@ def load_adapters(model: Any, path: Path, parts: tuple[str, ...] = TRAINED) -> N
 
     Raises:
         FileNotFoundError: `path` is no stage directory.
-        ValueError: a name or shape that does not fit, named.
+        ValueError: a damaged file, or a name or shape that does not fit, named.
     """
     if not is_stage_directory(path):
         raise FileNotFoundError(f"{path} is not a stage directory: it has no {ADAPTERS}")
-    saved = load_file(path / ADAPTERS)
+    try:
+        saved = load_file(path / ADAPTERS)
+    except SafetensorError as error:
+        raise ValueError(f"{path / ADAPTERS}: {error}") from None
     own = {k: v for k, v in model.state_dict().items() if k.startswith(parts)}
     missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if missing or extra:
@@ -162,15 +164,3 @@ def from_stage_directory(
     if dtype is not None and dtype != torch.float32:
         model.to(dtype)
     return model.eval()
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object.
-
-    Raises:
-        ValueError: the file is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None

@@ -14,8 +14,8 @@ class CTCHead(nn.Module):
     """Scores adapter frames against the vocabulary (paper section 3.2; released `audio_feature_head`).
 
     'free': `audio_feature_head.weight` (V_ctc, D) trains. 'tied': the rows are the LLM's token embeddings, handed in
-    by the model at each call and never copied; only `blank_row` (D,) trains, so that a frame that says token k already
-    points where the LLM keeps k.
+    by the model at each call and never copied; only `blank_row` (D,) trains. It needs no (V, D) gradient and learns
+    more slowly: a free head's rows go to meet the frames, here the frames have to go all the way.
     """
 
     def __init__(self, config: SoundwaveConfig) -> None:

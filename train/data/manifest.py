@@ -26,13 +26,17 @@ def read(path: str | Path) -> list[Utterance]:
     """Utterances of a manifest; `audio` is relative to the manifest's folder.
 
     Raises:
-        UserError: no such file, empty, not JSON, a missing or ill-typed key - each with the line's number.
+        UserError: no such file, not text, empty, not JSON, a missing or ill-typed key - each with the line's number.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such manifest")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 within a transcript
         if line.strip():
             rows.append(_row(line, f"{path}:{number}", path.parent))
     if not rows:

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         held = set(names[: max(1, round(len(names) * args.held_out))])
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        raw = [json.loads(line) for line in Path(args.manifest).read_text().splitlines() if line.strip()]
+        raw = [json.loads(line) for line in Path(args.manifest).read_text(encoding="utf-8").split("\n") if line.strip()]
         for name, wanted in (("train", False), ("test", True)):
             part = [(r, u) for r, u, key in zip(raw, rows, keys, strict=True) if (key in held) == wanted]
             for row, utterance in part:

@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from train.config import UserError
+from train import stage
+from train.config import UserError, load
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ("first_word", "last_word", "capitals", "slot", "then_slot")
@@ -112,6 +113,12 @@ def _go(args: argparse.Namespace) -> None:
 
     out = Path(args.out)
     started = time.perf_counter()
+    for number in (1, 2, 3):  # a mistake in a setting or manifest shows now, not after stage 1
+        manifests = ["--train", *args.train, "--valid", args.test] if args.train else []
+        if manifests:
+            stage.check(number, [*manifests, *args.settings], previous_exists=False)
+        else:
+            load("nano", number, settings=args.settings)
     out.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out).free
     if free < NEED_BYTES and not (out / "report.json").exists():
