@@ -27,10 +27,6 @@ class SoundwaveProcessor(ProcessorMixin):
         encoder_pad: 'longest' pads a batch to its longest utterance, '30s' every utterance to 30 s (released).
     """
 
-    attributes = ["feature_extractor", "tokenizer"]
-    feature_extractor_class = "AutoFeatureExtractor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self, feature_extractor=None, tokenizer=None, chat_template: str | None = None, encoder_pad: str = "longest"
     ):

@@ -23,7 +23,7 @@ from train.data.manifest import Utterance
 class Batch:
     """One rank's batch; N utterances, one prompt each."""
 
-    ids: list[str]
+    ids: list[str]  # what tells one audio from another, its path: ids of two manifests may be equal; '' for silence
     seconds: float
     mels: list[Tensor | None]  # (mels, M) each; None where the encoder's frames are cached
     mel_lengths: Tensor  # (N,)
@@ -52,7 +52,7 @@ class BatchMaker(torch.utils.data.Dataset):
 
     Args:
         with_prompts: False leaves the LLM's side empty (stage 1).
-        cached: ids whose audio need not be read.
+        cached: paths whose audio need not be read.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class BatchMaker(torch.utils.data.Dataset):
         if row.duration > MAX_SECONDS:
             raise ValueError("too long")
         mel = None
-        if row.id in self.cached:
-            length = self.cached[row.id].shape[0] * MEL_PER_FRAME
+        if str(row.audio) in self.cached:
+            length = self.cached[str(row.audio)].shape[0] * MEL_PER_FRAME
         else:
             wave = load_audio(row.audio)
             mel, length = self.processor.log_mel(wave), self.processor.mel_length(wave)
@@ -121,7 +121,9 @@ class BatchMaker(torch.utils.data.Dataset):
             instruction, reply = tasks.ask(task, row, random.Random(f"{self.seed}/{draw}"))
             prompt = self.processor.tokenizer(self.processor.prompt(instruction), add_special_tokens=False).input_ids
             answer = self.processor.answer_ids(reply)
-        return row.id, mel, length, prompt, answer, target, row.duration
+            if (prompt + answer).count(self.processor.audio_token_id) != 1:
+                raise ValueError("prompt or answer: holds the placeholder itself")
+        return str(row.audio), mel, length, prompt, answer, target, row.duration
 
     def _silence(self) -> tuple:
         wave = np.zeros(SAMPLE_RATE, dtype=np.float32)

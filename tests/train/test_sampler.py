@@ -1,0 +1,124 @@
+"""Sampler: a pure function of the seed, shares by temperature, exact resume, ranks that do not overlap."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections import Counter
+from itertools import islice
+
+import pytest
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from train.config import Data, UserError
+from train.data import sampler
+from train.data.manifest import Utterance
+
+ROWS = [
+    Utterance(f"u{i}", f"{i}.wav", 0.5 + 0.1 * (i % 23), text="some words", slots={"x": "y"} if i % 8 == 0 else {})
+    for i in range(160)
+]
+DATA = Data(tasks={"asr": 1.0, "slot": 1.0}, batch_seconds=8.0, batch_size=6, buckets=3)
+
+
+def batches(count: int, seed: int = 0, rank: int = 0, world: int = 1, data: Data = DATA) -> list[list[tuple]]:
+    picks = islice(iter(sampler.build(ROWS, data, seed, rank, world)), count)
+    return [[(c.custom["row"], c.custom["task"], c.custom["draw"]) for c in cuts] for cuts in picks]
+
+
+def test_a_pure_function_of_the_seed():
+    assert batches(40) == batches(40) != batches(40, seed=1)
+
+
+def test_batches_keep_within_their_limits():
+    for batch in batches(60):
+        durations = sorted(ROWS[row].duration for row, _, _ in batch)
+        # a batch is closed once one more like its longest would not fit; the last cut may be longer than those before
+        assert len(batch) <= 6 and len(batch) * durations[-2:][0] <= 8.0 + 1e-6
+
+
+def test_lengths_are_bucketed():
+    """Padding is less than with batches drawn at random from the same rows."""
+
+    def padding(groups):
+        total = sum(len(g) * max(g) for g in groups)
+        return 1 - sum(map(sum, groups)) / total
+
+    drawn = [[ROWS[row].duration for row, _, _ in batch] for batch in batches(100)]
+    flat = [duration for group in drawn for duration in group]
+    shuffled = iter(random.Random(0).sample(flat, len(flat)))
+    assert padding(drawn) < 0.7 * padding([list(islice(shuffled, len(group))) for group in drawn])
+
+
+def test_shares_follow_the_temperature():
+    data = dataclasses.replace(DATA, temperature=(1.0, 5.0))
+    sources = {"asr": list(range(160)), "slot": list(range(0, 160, 8))}
+    mux = sampler.TemperatureMux(sources, data.tasks, data, ROWS, seed=0)
+    assert mux.shares(0) == pytest.approx([160 / 180, 20 / 180])
+    a, b = 160 ** (1 / 6), 20 ** (1 / 6)
+    assert mux.shares(1) == pytest.approx([a / (a + b), b / (a + b)])
+    drawn = [cut.custom["task"] for cut in islice(iter(mux), 180 * 21)]
+    first, later = Counter(drawn[:180]), Counter(drawn[180 * 10 :])
+    assert abs(first["slot"] / 180 - 20 / 180) < 4 * (0.111 * 0.889 / 180) ** 0.5
+    share = sum(mux.shares(epoch)[1] for epoch in range(10, 21)) / 11
+    assert abs(later["slot"] / later.total() - share) < 4 * (0.25 / later.total()) ** 0.5
+
+
+def test_a_weight_multiplies_a_tasks_rows():
+    data = dataclasses.replace(DATA, tasks={"asr": 1.0, "slot": 8.0})
+    mux = sampler.TemperatureMux({"asr": list(range(160)), "slot": list(range(20))}, data.tasks, data, ROWS, seed=0)
+    assert mux.shares(0) == pytest.approx([0.5, 0.5])
+
+
+def test_an_epoch_of_a_source_holds_every_row_once():
+    data = dataclasses.replace(DATA, tasks={"asr": 1.0})
+    mux = sampler.TemperatureMux({"asr": list(range(160))}, data.tasks, data, ROWS, seed=0)
+    rows = [cut.custom["row"] for cut in islice(iter(mux), 320)]
+    assert sorted(rows[:160]) == sorted(rows[160:]) == list(range(160)) and rows[:160] != rows[160:]
+
+
+class Identity:
+    """Dataset of the loader below: a batch as text, which no collation touches."""
+
+    def __getitem__(self, cuts):
+        return {"cuts": str([(c.custom["row"], c.custom["task"], c.custom["draw"]) for c in cuts])}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact(workers):
+    def loader():
+        picks = sampler.build(ROWS, DATA, 0, 0, 1)
+        return StatefulDataLoader(Identity(), sampler=picks, batch_size=None, num_workers=workers)
+
+    first = loader()
+    stream = iter(first)
+    head = list(islice(stream, 15))
+    state = copy.deepcopy(first.state_dict())
+    tail = list(islice(stream, 15))
+    second = loader()
+    second.load_state_dict(state)
+    assert list(islice(iter(second), 15)) == tail
+    assert [batch["cuts"] for batch in head + tail] == [str(batch) for batch in batches(30)]
+
+
+def test_ranks_do_not_overlap_and_take_as_many_utterances():
+    ranks = [batches(40, rank=rank, world=2) for rank in range(2)]
+    draws = [{draw for batch in one for _, _, draw in batch} for one in ranks]
+    assert not draws[0] & draws[1]
+    assert [len(b) for b in ranks[0]] == pytest.approx([len(b) for b in ranks[1]], abs=6)
+    for one, other in zip(*ranks):  # the same bucket on both: no rank waits for the other's longer batch
+        longest = [max(ROWS[row].duration for row, _, _ in batch) for batch in (one, other)]
+        assert abs(longest[0] - longest[1]) < 1.2
+
+
+def test_a_task_without_rows():
+    with pytest.raises(UserError, match="no row of the training manifests has what 'given' needs"):
+        sampler.build(ROWS, dataclasses.replace(DATA, tasks={"given": 1.0}), 0, 0, 1)
+    with pytest.raises(UserError, match="'sing' is not one of asr"):
+        sampler.build(ROWS, dataclasses.replace(DATA, tasks={"sing": 1.0}), 0, 0, 1)
+
+
+def test_a_handful_of_rows_is_enough():
+    picks = sampler.build(ROWS[:2], Data(), 0, 0, 1)
+    assert all(len(cuts) for cuts in islice(iter(picks), 10))
