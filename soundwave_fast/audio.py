@@ -52,6 +52,25 @@ def as_mono_16k(wave: np.ndarray, rate: int, name: str = "audio") -> np.ndarray:
     return wave
 
 
+def trim_end(wave: np.ndarray, margin_seconds: float = 0.25) -> np.ndarray:
+    """Drop the silence at the end of a 16 kHz waveform (samples,), but for a margin.
+
+    Silence: 50 ms blocks whose RMS stays under twice the recording's own floor (20th percentile), and under a tenth and
+    over a hundredth of its loudest block. With seconds of it behind the words CTC settles on emitting the last of them
+    there, anywhere (bench/LOG.md); and it costs encoder time.
+    """
+    block = SAMPLE_RATE // 20
+    count = len(wave) // block
+    if count < 2:
+        return wave
+    rms = np.sqrt(np.square(wave[: count * block], dtype=np.float64).reshape(count, block).mean(1))
+    threshold = min(max(2 * np.percentile(rms, 20), 0.01 * rms.max()), 0.1 * rms.max())
+    loud = np.flatnonzero(rms > threshold)
+    if not len(loud):
+        return wave
+    return wave[: min(len(wave), (loud[-1] + 1) * block + int(margin_seconds * SAMPLE_RATE))]
+
+
 def windows(wave: np.ndarray, seconds: float = MAX_SECONDS) -> list[np.ndarray]:
     """Cut a long waveform into windows of at most `seconds`, each cut at the quietest 50 ms of its last 3 s."""
     limit, tail, step = int(seconds * SAMPLE_RATE), 3 * SAMPLE_RATE, SAMPLE_RATE // 20

@@ -20,11 +20,11 @@ from train.config import UserError
 ROOT = Path(__file__).resolve().parents[1]
 # name -> (what changes, settings of every stage, first stage that differs from the baseline)
 VARIANTS: dict[str, tuple[str, list[str], int]] = {
-    "baseline": ("look-back over all frames, blanks dropped, tied head, T = 1 + 5 epoch", [], 1),
-    "no-look-back": ("kept frames go to LayerNorm alone", ["model.look_back=false"], 1),
+    "baseline": ("look-back over all frames, blanks dropped, free head, T = 1 + 5 epoch", [], 1),
+    "no-look-back": ("kept frames go to LayerNorm alone: no cross-attention, and no projection to fit either", ["model.look_back=false"], 1),
     "kept-keys": ("look-back over the kept frames only, as released", ["model.look_back_keys=kept"], 2),
     "keep-blanks": ("a blank run stays, as one frame", ["model.drop_blank=false"], 2),
-    "free-head": ("trainable Linear(D, V + 1) instead of the LLM's embeddings", ["model.ctc_head=free"], 1),
+    "tied-head": ("frames scored against the LLM's own frozen embeddings", ["model.ctc_head=tied"], 1),
     "no-temperature": ("tasks in proportion to their rows throughout", ["data.temperature=[1.0, 0.0]"], 2),
 }
 QUESTIONS = ("first_word", "last_word", "capitals", "slot")

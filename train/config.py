@@ -62,7 +62,7 @@ class Data:
     train: tuple[str, ...] = ()  # JSONL manifests
     valid: tuple[str, ...] = ()
     tasks: dict[str, float] = field(default_factory=lambda: {"asr": 1.0})  # task -> weight of its row count
-    batch_seconds: float = 60.0  # audio per batch and rank, padding included
+    batch_seconds: float = 60.0  # audio per batch and rank; the last utterance may overshoot
     batch_size: int = 16  # at most so many utterances
     buckets: int = 8
     temperature: tuple[float, float] = (1.0, 5.0)  # T = first + second * epoch; p_i ~ n_i ** (1 / T)

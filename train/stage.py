@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 from train.config import Config, UserError, disk_errors, dump, load
@@ -134,6 +135,9 @@ def main(stage: int, argv: list[str] | None = None) -> int:
                 print(f"{config.run.out}: already finished", file=sys.stderr)
             return 0
         return _train(config, stage, world)
+    except KeyboardInterrupt:
+        print(f"stage {stage}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # also before there is a world
             print(f"stage {stage}: {error}", file=sys.stderr)
@@ -148,6 +152,8 @@ def _train(config: Config, stage: int, world) -> int:
     from train.data.manifest import read
     from train.trainer import Interrupted, Trainer
 
+    for noise in (".*set_vital.*", ".*torch.distributed is disabled.*"):  # said by torchdata and DCP in every run
+        warnings.filterwarnings("ignore", message=noise)
     for path in config.data.valid if config.run.valid_utterances else ():
         read(path)  # its mistakes are said now, not after the training
     trainer = Trainer(config, stage, world)  # before anything is written: most mistakes show here
@@ -191,3 +197,4 @@ def _report(trainer, config: Config) -> None:
     temporary = out / (DONE + ".tmp")
     temporary.write_text(json.dumps(summary, indent=1))
     os.replace(temporary, out / DONE)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the stage directory holds what they led to

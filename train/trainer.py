@@ -112,7 +112,7 @@ class Trainer:
             if row is None:
                 with self.autocast():
                     frames, _ = self.model.encode(mel[None].to(device), length[None].to(device))
-                row = frames[0].to(torch.float16).cpu()
+                row = frames[0, : length // MEL_PER_FRAME].to(torch.float16).cpu()
                 if name:
                     self.cache[name] = row
             rows.append(row)
@@ -207,7 +207,7 @@ class Trainer:
             self.metrics.add(self.step, row, dict(tasks), every=self.config.run.log_every)
             flags = torch.tensor([float(self.stop_signal > 0), float(self._due(saved_at))], device=self.world.device)
             stop, due = parallel.sum_over_ranks(flags).tolist()  # all ranks agree on what happens next
-            if stop or (due and self.step < self.config.optim.steps):
+            if stop or due or self.step == self.config.optim.steps:
                 self._save()
                 saved_at = time.monotonic()
             if stop:

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, WhisperFeatureExtractor
 from transformers.processing_utils import ProcessorMixin
 
-from soundwave_fast.audio import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, as_mono_16k, load_audio
+from soundwave_fast.audio import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, as_mono_16k, load_audio, trim_end
+from soundwave_fast.model.whisper import EDGE_MELS
 
 AUDIO_TOKEN = "<audio_patch>"  # the released tokenizer's name for the placeholder
 HOP = 160  # samples per mel frame
@@ -50,7 +51,9 @@ class SoundwaveProcessor(ProcessorMixin):
     # -- audio -------------------------------------------------------------------------------------------------
 
     def log_mel(self, wave: np.ndarray) -> Tensor:
-        """Log-mel (mels, M) of one 16 kHz waveform (samples,); M is a multiple of 4, 100 frames a second.
+        """Log-mel (mels, M) of one 16 kHz waveform (samples,), 100 frames a second, with silence behind the audio.
+
+        M is a multiple of 4: `mel_length` and the encoder's edge, or the whole 30 s.
 
         Raises:
             ValueError: longer than 30 s, empty, or not finite.
@@ -61,9 +64,11 @@ class SoundwaveProcessor(ProcessorMixin):
             raise ValueError("audio: holds samples that are not finite")
         if len(wave) > MAX_SECONDS * SAMPLE_RATE:
             raise ValueError(f"audio: {len(wave) / SAMPLE_RATE:.1f} s, one window holds {MAX_SECONDS:.0f} s")
-        samples = max(len(wave), int(MIN_SECONDS * SAMPLE_RATE))
-        samples = -(-samples // (HOP * MEL_MULTIPLE)) * HOP * MEL_MULTIPLE
-        wave = np.pad(wave, (0, samples - len(wave)))
+        frames = self.mel_length(wave)
+        if self.encoder_pad == "longest":
+            frames = min(frames + EDGE_MELS, int(MAX_SECONDS * SAMPLE_RATE) // HOP)
+        wave = self._speech(wave)
+        wave = np.pad(wave, (0, max(0, frames * HOP - len(wave))))
         padding = "max_length" if self.encoder_pad == "30s" else False
         mel = self.feature_extractor(
             wave, sampling_rate=SAMPLE_RATE, padding=padding, truncation=True, return_tensors="np"
@@ -71,9 +76,12 @@ class SoundwaveProcessor(ProcessorMixin):
         return torch.from_numpy(np.ascontiguousarray(mel))
 
     def mel_length(self, wave: np.ndarray) -> int:
-        """Mel frames of the audio itself, before any padding to 30 s."""
-        samples = max(len(wave), int(MIN_SECONDS * SAMPLE_RATE))
+        """Mel frames that count: the speech's own (at least 1 s), without the silence `log_mel` adds behind it."""
+        samples = max(len(self._speech(wave)), int(MIN_SECONDS * SAMPLE_RATE))
         return -(-samples // (HOP * MEL_MULTIPLE)) * MEL_MULTIPLE
+
+    def _speech(self, wave: np.ndarray) -> np.ndarray:
+        return trim_end(wave) if self.encoder_pad == "longest" else wave
 
     @staticmethod
     def pad_mels(mels: list[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from soundwave_fast.model.config import SoundwaveConfig
 from soundwave_fast.model.ctc_head import CTCHead
 from soundwave_fast.model.losses import next_token_loss
 from soundwave_fast.model.shrinking_adapter import ShrinkingAdapter
-from soundwave_fast.model.whisper import MEL_PER_FRAME, encode_frames
+from soundwave_fast.model.whisper import EDGE_MELS, MEL_PER_FRAME, encode_frames
 from soundwave_fast.ops import Packed, splice
 from soundwave_fast.ops.splice import Spliced
 
@@ -132,9 +132,12 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     @torch.no_grad()
     def encode(self, input_features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Frozen Whisper: log-mel (N, mels, M), lengths -> frames (N, M // 2, d_enc), 50 a second, and lengths."""
-        whole = torch.full_like(feature_lengths, input_features.shape[-1])
-        masked = self.config.encoder_pad == "longest"
-        frames = encode_frames(self.audio_tower, input_features, feature_lengths if masked else whole)
+        window = input_features.shape[-1]
+        if self.config.encoder_pad == "longest":
+            encoded = (feature_lengths + EDGE_MELS).clamp_max(window)
+        else:
+            encoded = torch.full_like(feature_lengths, window)
+        frames = encode_frames(self.audio_tower, input_features, encoded)
         return frames, feature_lengths // MEL_PER_FRAME
 
     def hear(

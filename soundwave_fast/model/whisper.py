@@ -8,6 +8,9 @@ from torch import Tensor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 MEL_PER_FRAME = 2  # conv2 has stride 2: 100 mel frames/s -> 50 encoder frames/s
+# Silence encoded past an utterance's end and then dropped. The frame at the cut looks like no other, and CTC takes the
+# shortcut: it learns to emit an utterance's last words there at once instead of where they are said (bench/LOG.md).
+EDGE_MELS = 8
 
 
 def encode_frames(

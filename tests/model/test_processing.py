@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from soundwave_fast.model.processing import AUDIO_TOKEN, SoundwaveProcessor
+from soundwave_fast.model.whisper import EDGE_MELS
 from tests.model import tiny
 
 
@@ -22,7 +23,7 @@ LENGTHS = [(1, 100), (16_000, 100), (16_001, 104), (479_999, 3000), (480_000, 30
 def test_mel_length(processor, samples, frames):
     wave = tiny.make_wave(0, 30)[:samples]
     assert processor.mel_length(wave) == frames
-    assert processor.log_mel(wave).shape == (80, frames)
+    assert processor.log_mel(wave).shape == (80, min(frames + EDGE_MELS, 3000))
 
 
 def test_30s_pads_every_utterance(tiny_parts):
@@ -36,9 +37,9 @@ def test_inputs_for_generation(processor):
     waves = [tiny.make_wave(0, 1.0), tiny.make_wave(1, 2.0)]
     inputs = processor(text=[processor.prompt("What?"), processor.prompt("What is the time?")], audio=waves)
     assert set(inputs) == {"input_ids", "attention_mask", "input_features", "feature_lengths"}
-    assert inputs["input_features"].shape == (2, 80, 200)
+    assert inputs["input_features"].shape == (2, 80, 200 + EDGE_MELS)
     assert inputs["feature_lengths"].tolist() == [100, 200]
-    assert (inputs["input_features"][0, :, 100:] == 0).all()
+    assert (inputs["input_features"][0, :, 100 + EDGE_MELS :] == 0).all()
     assert inputs["attention_mask"][0, 0] == 0 and (inputs["attention_mask"][:, -1] == 1).all(), "left padding"
     assert ((inputs["input_ids"] == processor.audio_token_id).sum(1) == 1).all()
 
@@ -46,7 +47,7 @@ def test_inputs_for_generation(processor):
 def test_an_utterance_has_the_same_mel_in_a_batch_as_alone(processor):
     waves = [tiny.make_wave(0, 1.0), tiny.make_wave(1, 2.0)]
     together = processor(audio=waves)["input_features"]
-    assert torch.equal(together[0, :, :100], processor(audio=waves[0])["input_features"][0])
+    assert torch.equal(together[0, :, : 100 + EDGE_MELS], processor(audio=waves[0])["input_features"][0])
 
 
 @pytest.mark.parametrize(
@@ -109,3 +110,16 @@ def test_save_and_load(tiny_parts, tmp_path, template, caplog):
         one, other = (p(text=p.prompt("Why?"), audio=wave) for p in (processor, loaded))
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert "deprecated" not in caplog.text
+
+
+def test_trim_end_drops_silence_behind_speech_only():
+    from soundwave_fast.audio import trim_end
+
+    rng = np.random.default_rng(0)
+    speech = np.concatenate([tiny.make_wave(0, 1.0), np.zeros(16_000), tiny.make_wave(1, 1.0)]).astype(np.float32)
+    noise = 1e-4 * rng.standard_normal(5 * 16_000).astype(np.float32)
+    trimmed = trim_end(np.concatenate([speech, noise]))
+    assert np.array_equal(trimmed[: len(speech)], speech), "a pause within stays, as does all of the speech"
+    assert len(speech) <= len(trimmed) <= len(speech) + 0.35 * 16_000
+    assert len(trim_end(speech)) == len(speech)
+    assert len(trim_end(np.zeros(16_000, np.float32))) == 16_000, "nothing but silence: nothing to go by"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from soundwave_fast.model import SoundwaveProcessor
+from soundwave_fast.model.whisper import EDGE_MELS
 from tests.model import tiny
 from train.data.batches import BatchMaker
 from train.data.manifest import Utterance, read
@@ -45,7 +46,7 @@ def test_prompt_answer_labels_and_targets(rows, processor):
     assert (batch.input_ids[padding] == tokenizer.pad_token_id).all() and (batch.labels[padding] == -100).all()
     assert batch.ids == [str(rows[i].audio) for i in (0, 5, 8)]
     assert batch.task_counts == Counter(asr=3) and not batch.skipped
-    assert [mel.shape[1] for mel in batch.mels] == batch.mel_lengths.tolist()
+    assert [mel.shape[1] - EDGE_MELS for mel in batch.mels] == batch.mel_lengths.tolist()
     assert batch.seconds == pytest.approx(sum(rows[i].duration for i in (0, 5, 8)))
     assert batch.counts.tolist() == [float((batch.labels != -100).sum()), 3.0]
 
