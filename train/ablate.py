@@ -16,12 +16,13 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from train.config import UserError
+from train.stage import sort_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 # name -> (what changes, settings of every stage, first stage that differs from the baseline)
 VARIANTS: dict[str, tuple[str, list[str], int]] = {
     "baseline": ("look-back over all frames, blanks dropped, free head, T = 1 + 5 epoch", [], 1),
-    "no-look-back": ("kept frames go to LayerNorm alone: no cross-attention, and no projection to fit either", ["model.look_back=false"], 1),
+    "no-look-back": ("no cross-attention, and so no projection to fit before stage 2", ["model.look_back=false"], 1),
     "kept-keys": ("look-back over the kept frames only, as released", ["model.look_back_keys=kept"], 2),
     "keep-blanks": ("a blank run stays, as one frame", ["model.drop_blank=false"], 2),
     "tied-head": ("frames scored against the LLM's own frozen embeddings", ["model.ctc_head=tied"], 1),
@@ -31,7 +32,7 @@ QUESTIONS = ("first_word", "last_word", "capitals", "slot")
 
 
 def _run(command: list[str]) -> None:
-    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    code = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]]).returncode
     if code == 130:
         raise KeyboardInterrupt
     if code:
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", nargs="*", default=list(QUESTIONS))
     parser.add_argument("--limit", type=int, default=0, help="score only the first N utterances")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for every stage of every variant")
-    args = parser.parse_intermixed_args(argv)
+    args = sort_settings(parser.parse_intermixed_args(argv))
     out = Path(args.out)
     scores: dict[str, dict] = {}
     try:

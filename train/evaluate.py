@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from soundwave_fast.audio import MAX_SECONDS, SAMPLE_RATE, load_audio
 from soundwave_fast.model import SoundwaveForConditionalGeneration, SoundwaveProcessor
+from soundwave_fast.model.checkpoint import LORA, is_stage_directory
 from soundwave_fast.text import collapse, normalise, word_error_rate
 from train.config import UserError
 from train.data import tasks
@@ -181,7 +182,11 @@ def main(argv: list[str] | None = None) -> int:
             if name not in tasks.NAMES:
                 raise UserError(f"--questions: {name!r} is not one of {', '.join(tasks.NAMES)}")
         try:
-            model = SoundwaveForConditionalGeneration.from_pretrained(args.checkpoint)
+            # after stage 1 the LLM has not met the adapters yet: CTC is all there is to score
+            stage1 = is_stage_directory(args.checkpoint) and not (Path(args.checkpoint) / LORA).is_dir()
+            model = SoundwaveForConditionalGeneration.from_pretrained(
+                args.checkpoint, with_language_model=False if stage1 else None
+            )
             processor = SoundwaveProcessor.from_pretrained(args.checkpoint)
             scores = evaluate(model, processor, rows, questions, args.batch_size)
             if not scores.utterances:

@@ -35,16 +35,18 @@ def _arguments(stage: int, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="output directory (run.out)")
     parser.add_argument("--overwrite", action="store_true", help="throw away a run with other settings in --out")
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args(argv)
-    for name in ("train", "valid"):  # "--train a.jsonl optim.steps=5": a setting, not a second manifest
-        given = getattr(args, name) or []
-        args.settings += [text for text in given if _is_setting(text)]
-        setattr(args, name, [text for text in given if not _is_setting(text)] or None)
+    return sort_settings(parser.parse_intermixed_args(argv))
+
+
+def sort_settings(args: argparse.Namespace) -> argparse.Namespace:
+    """'--train a.jsonl optim.steps=5' names one manifest and one setting, whatever argparse thinks; in place."""
+    for name in ("train", "valid", "test"):
+        given = getattr(args, name, None)
+        if isinstance(given, list):
+            settings = [text for text in given if "=" in text and not Path(text).exists()]
+            args.settings += settings
+            setattr(args, name, [text for text in given if text not in settings] or None)
     return args
-
-
-def _is_setting(text: str) -> bool:
-    return "=" in text and not Path(text).exists()
 
 
 def _config(args: argparse.Namespace, stage: int) -> Config:

@@ -58,15 +58,16 @@ def build(rows: list[Utterance], data: Data, seed: int, rank: int, world: int) -
     """Endless sampler of batches (CutSets) of at most `batch_seconds` and `batch_size`, the same length on all ranks.
 
     Raises:
-        UserError: an unknown task, or one that no row has what it needs for.
+        UserError: an unknown task, or no row that has what any of the tasks needs.
     """
     sources = {}
     for task in data.tasks:
         if task not in tasks.NAMES:
             raise UserError(f"data.tasks: {task!r} is not one of {', '.join(tasks.NAMES)}")
         sources[task] = [i for i, row in enumerate(rows) if tasks.applies(task, row)]
-        if not sources[task]:
-            raise UserError(f"data.tasks: no row of the training manifests has what {task!r} needs")
+    sources = {task: index for task, index in sources.items() if index}  # a preset may name more than a manifest has
+    if not sources:
+        raise UserError(f"data.tasks: no row of the training manifests has what {', '.join(data.tasks)} needs")
     mux = TemperatureMux(sources, data.tasks, data, rows, seed)
     total = sum(map(len, sources.values()))
     return DynamicBucketingSampler(

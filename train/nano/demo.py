@@ -39,7 +39,7 @@ def _run(command: list[str], what: str) -> None:
         "OMP_NUM_THREADS": str(os.cpu_count() or 1),
         **os.environ,
     }
-    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    process = subprocess.Popen(command, env=environment)
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -54,13 +54,13 @@ def _run(command: list[str], what: str) -> None:
 
 def _stage(number: int, out: Path, extra: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command += [f"train/stage{number}.py", "--config", "nano", "--out", str(out / f"stage{number}")]
+    command += [str(ROOT / "train" / f"stage{number}.py"), "--config", "nano", "--out", str(out / f"stage{number}")]
     if number > 1:
         command += ["--init", str(out / f"stage{number - 1}")]
     _run(command + extra, f"stage {number}")
 
 
-def _pictures(out: Path, test: Path, model, processor) -> list[Path]:
+def _pictures(out: Path, test: Path, model, processor) -> None:
     from soundwave_fast import generate, plots
     from train import metrics
     from train.data.manifest import read
@@ -69,43 +69,46 @@ def _pictures(out: Path, test: Path, model, processor) -> list[Path]:
     plots.loss_curves(runs, out / "loss.png")
     row = max(read(test)[:20], key=lambda r: len(r.text))
     generate.draw_peaks(model, processor, row.audio, out / "peaks.png")
-    return [out / "loss.png", out / "peaks.png"]
 
 
-def _report(out: Path, test: Path, limit: int) -> None:
-    """Score the held-out set, print references beside outputs, write report.json and the pictures."""
+def _score(out: Path, test: Path, limit: int) -> Path:
+    """Score the held-out set and draw the pictures, unless that was done since stage 3 ended; writes report.json."""
     from transformers.utils import logging
 
     from soundwave_fast.model import SoundwaveForConditionalGeneration, SoundwaveProcessor
     from train.data.manifest import read
     from train.evaluate import evaluate
 
+    stage3, report = out / "stage3", out / "report.json"
+    if report.is_file() and report.stat().st_mtime > (stage3 / "done.json").stat().st_mtime:
+        return report
     logging.disable_progress_bar()
-    stage3 = out / "stage3"
     model = SoundwaveForConditionalGeneration.from_pretrained(stage3)
     processor = SoundwaveProcessor.from_pretrained(stage3)
-    rows = read(test)[:limit]
-    scores = evaluate(model, processor, rows, QUESTIONS)
+    scores = evaluate(model, processor, read(test)[:limit], QUESTIONS)
+    _pictures(out, test, model, processor)
+    temporary = report.with_suffix(".tmp")
+    figures = {"lines": scores.lines(), **scores.summary(), "examples": scores.examples}
+    temporary.write_text(json.dumps(figures, indent=1))
+    os.replace(temporary, report)
+    return report
+
+
+def _print(out: Path, report: Path) -> None:
+    """References beside outputs, then the figures."""
+    figures = json.loads(report.read_text())
     for task in ("asr", *QUESTIONS):
-        some = [e for e in scores.examples if e["task"] == task][: 8 if task == "asr" else 3]
-        for example in some:
+        for example in [e for e in figures["examples"] if e["task"] == task][: 8 if task == "asr" else 3]:
             print(f"  [{task}] {example['prompt']}")
             print(f"      reference: {example['reference']!r}")
             print(f"      LLM:       {example['llm']!r}")
             if task == "asr":
                 print(f"      CTC:       {example['ctc']!r}")
-    print("\nheld-out speech\n  " + "\n  ".join(scores.lines()))
-    steps = {}
+    print("\nheld-out speech\n  " + "\n  ".join(figures["lines"]))
     for number in (1, 2, 3):
         done = json.loads((out / f"stage{number}" / "done.json").read_text())
-        steps[f"stage{number}"] = done["step_s_median"]
         print(f"  stage {number}: {done['steps']} steps, median {done['step_s_median']:.2f} s a step")
-    report = out / "report.json.tmp"
-    report.write_text(json.dumps({**scores.summary(), "step_s_median": steps, "examples": scores.examples}, indent=1))
-    os.replace(report, out / "report.json")
-    for picture in _pictures(out, test, model, processor):
-        print(f"  picture: {picture}")
-    print(f"  figures and all outputs: {out / 'report.json'}")
+    print(f"  pictures: {out / 'loss.png'}, {out / 'peaks.png'}\n  figures and all outputs: {report}")
 
 
 def _go(args: argparse.Namespace) -> None:
@@ -141,8 +144,10 @@ def _go(args: argparse.Namespace) -> None:
         extra = ["--train", *train, "--valid", str(test)]
         _stage(number, out, [*extra, f"run.valid_utterances={args.held_out if number == 1 else 0}", *args.settings])
     _say("6/6 held-out speech")
-    _report(out, test, args.held_out)
-    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes. Try: soundwave transcribe {test.parent}/audio/*.flac")
+    _print(out, _score(out, test, args.held_out))
+    soundwave = Path(sys.executable).parent / "soundwave"
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{minutes:.1f} minutes. Now: {soundwave} transcribe --model {out}/stage3 FILE")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,8 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test", metavar="MANIFEST", help="held-out part of it")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every stage")
     args = parser.parse_intermixed_args(argv)
-    os.chdir(ROOT)
     try:
+        args = stage.sort_settings(args)
         if bool(args.train) != bool(args.test):
             raise UserError("--train and --test go together")
         _go(args)
