@@ -199,4 +199,3 @@ def _report(trainer, config: Config) -> None:
     temporary = out / (DONE + ".tmp")
     temporary.write_text(json.dumps(summary, indent=1))
     os.replace(temporary, out / DONE)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the stage directory holds what they led to

@@ -207,7 +207,7 @@ class Trainer:
             self.metrics.add(self.step, row, dict(tasks), every=self.config.run.log_every)
             flags = torch.tensor([float(self.stop_signal > 0), float(self._due(saved_at))], device=self.world.device)
             stop, due = parallel.sum_over_ranks(flags).tolist()  # all ranks agree on what happens next
-            if stop or due or self.step == self.config.optim.steps:
+            if stop or (due and self.step < self.config.optim.steps):
                 self._save()
                 saved_at = time.monotonic()
             if stop:

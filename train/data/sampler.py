@@ -67,7 +67,8 @@ def build(rows: list[Utterance], data: Data, seed: int, rank: int, world: int) -
         sources[task] = [i for i, row in enumerate(rows) if tasks.applies(task, row)]
     sources = {task: index for task, index in sources.items() if index}  # a preset may name more than a manifest has
     if not sources:
-        raise UserError(f"data.tasks: no row of the training manifests has what {', '.join(data.tasks)} needs")
+        names = ", ".join(map(repr, data.tasks))
+        raise UserError(f"data.tasks: no row of the training manifests has what {names} needs")
     mux = TemperatureMux(sources, data.tasks, data, rows, seed)
     total = sum(map(len, sources.values()))
     return DynamicBucketingSampler(
