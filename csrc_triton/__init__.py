@@ -1,1 +1,1 @@
-"""Home of the @triton.jit kernels and launchers, one folder an op. None yet: the ops run their torch algorithms."""
+"""Triton kernels, each with its launcher right below it. One module (or package, where it is long) an op."""

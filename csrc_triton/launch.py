@@ -1,0 +1,16 @@
+"""What launchers share: whether kernels are interpreted, and sizes of blocks."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+
+# tl.dot on bf16 is silently wrong in the interpreter (triton 3.7), so kernels take `UPCAST: tl.constexpr = INTERPRETED`
+# and widen their operands there. On a GPU the flag costs nothing.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def block(n: int, least: int = 16, most: int = 1 << 20) -> int:
+    """The power of two a kernel pads n to: shapes inside one power of two share one compiled kernel."""
+    return min(max(triton.next_power_of_2(max(n, 1)), least), most)
