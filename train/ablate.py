@@ -1,7 +1,7 @@
 """Ablations from short runs of all three stages: look-back, blanks, CTC head, temperature - one table.
 
-`python train/ablate.py --train MANIFEST --test MANIFEST --out DIR [--only NAME ...] [key=value ...]`; finished runs are
-kept, so the command can be stopped and given again.
+`python train/ablate.py --train MANIFEST --test MANIFEST --out DIR [--only NAME ...] [--steps N N N] [key=value ...]`;
+finished runs are kept, so the command can be stopped and given again.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def _stages(name: str, out: Path, args: argparse.Namespace) -> Path:
         command = [f"train/stage{stage}.py", "--config", args.config, "--train", *args.train, "--out", str(own)]
         command += ["--valid", *args.test, "run.valid_utterances=0"]
         command += ["--init", str(previous)] if previous else []
+        command += [f"optim.steps={args.steps[stage - 1]}"] if args.steps else []
         _run([*command, *(settings if stage >= first else []), *args.settings])
         previous = own
     return previous
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test", nargs="+", default=["runs/nano/speech/test.jsonl"], metavar="MANIFEST")
     parser.add_argument("--out", default="runs/ablation")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--steps", nargs=3, type=int, metavar="N", help="of stages 1, 2 and 3 (default: the config's)")
     parser.add_argument("--questions", nargs="*", default=list(QUESTIONS))
     parser.add_argument("--limit", type=int, default=0, help="score only the first N utterances")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for every stage of every variant")
