@@ -12,7 +12,7 @@ INK, GRID = "#222222", "#dddddd"
 BLUE, RED, GREEN = "#2b6cb0", "#c53030", "#2f855a"
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
@@ -24,7 +24,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwar
     return figure, axes
 
 
-def _save(figure, path: str | Path) -> None:
+def save_figure(figure, path: str | Path) -> None:
     path = Path(path)
     temporary = path.with_name("." + path.name)
     figure.savefig(temporary, format=path.suffix.lstrip("."))
@@ -49,7 +49,7 @@ def loss_curves(runs: dict[str, list[dict]], path: str | Path) -> None:
     runs = {title: rows for title, rows in runs.items() if rows}
     if not runs:
         return
-    figure, axes = _figure(4.2 * len(runs), 3.1, 1, len(runs))
+    figure, axes = new_figure(4.2 * len(runs), 3.1, 1, len(runs))
     for axis, (title, rows) in zip(axes.flat, runs.items(), strict=True):
         steps = np.array([row["step"] for row in rows])
         curves = [("ctc", "CTC, nats per token", BLUE)]
@@ -63,7 +63,7 @@ def loss_curves(runs: dict[str, list[dict]], path: str | Path) -> None:
         axis.set_title(title, fontsize=10, color=INK, loc="left")
         axis.set_xlabel("step", fontsize=8, color=INK)
         axis.legend(fontsize=7, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def ctc_peaks(
@@ -77,7 +77,7 @@ def ctc_peaks(
 ) -> None:
     """Spectrogram with the kept frames marked, and below it how sure the CTC head is, blank against content."""
     length = mel.shape[1] / 100
-    figure, axes = _figure(max(6.0, min(16.0, 2.6 * length)), 4.2, 2, 1, sharex=True, height_ratios=[2, 1])
+    figure, axes = new_figure(max(6.0, min(16.0, 2.6 * length)), 4.2, 2, 1, sharex=True, height_ratios=[2, 1])
     top, bottom = axes.flat
     top.imshow(mel, origin="lower", aspect="auto", extent=(0, length, 0, mel.shape[0]), cmap="magma")
     top.grid(False)
@@ -98,4 +98,4 @@ def ctc_peaks(
     bottom.legend(fontsize=7, frameon=False, loc="lower right")
     if title:
         figure.suptitle(title, fontsize=10, color=INK, x=0.01, ha="left")
-    _save(figure, path)
+    save_figure(figure, path)

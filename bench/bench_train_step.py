@@ -1,0 +1,93 @@
+"""Training steps of the three stages: forward, backward, clipping and AdamW from encoder frames on."""
+
+from __future__ import annotations
+
+import torch
+
+from bench import parts, released
+from bench.harness import Case, device, record, rows
+
+TEXT, ANSWER = 24, 12
+GPU = device().type == "cuda"
+SHAPES = {
+    1: {"B": 8, "T50": 1500, "S": 100} if GPU else {"B": 8, "T50": 200, "S": 12},
+    2: {"B": 8, "T50": 1500, "S": 100} if GPU else {"B": 4, "T50": 200, "S": 12},
+}
+
+
+def _setup(case: Case, where: torch.device, seed: int, stage: int):
+    size = parts.size(where)
+    model = parts.model(size, where, with_language_model=stage > 1, lora=stage > 1)
+    batch = parts.speech(size, **case.shape, device=where, seed=seed)
+    prompt = parts.prompt(size, case.shape["B"], TEXT, ANSWER, where, model.config.audio_token_id, seed)
+    return model, batch, prompt, [p for p in model.parameters() if p.requires_grad]
+
+
+def _optimize(loss, optimizer, trained):
+    loss.float().backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return (loss,)
+
+
+def eager(stage: int):
+    """The audio side utterance by utterance, full CTC logits, the LLM's own loss over the padded batch, plain AdamW."""
+
+    def make(case: Case, where: torch.device, seed: int):
+        model, batch, prompt, trained = _setup(case, where, seed, stage)
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, foreach=False)
+
+        def step():
+            hidden, lengths = released.align(model, batch.frames, batch.lengths)
+            loss, logits = released.ctc(model, hidden, lengths, batch.targets, batch.target_lengths)
+            if stage > 1:
+                audio = released.shrink(model, hidden, logits.argmax(-1), lengths)
+                embeds, labels, mask = released.splice_labels(model, prompt["input_ids"], prompt["labels"], audio)
+                llm = model.language_model(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False)
+                loss = llm.loss + model.config.ctc_weight * loss
+            return _optimize(loss, optimizer, trained)
+
+        return step
+
+    return make
+
+
+def ours(stage: int):
+    """The trainer's own: the model's forward, losses as (sum, count), fused AdamW."""
+
+    def make(case: Case, where: torch.device, seed: int):
+        model, batch, prompt, trained = _setup(case, where, seed, stage)
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        inputs = {"encoder_frames": batch.frames, "frame_lengths": batch.lengths}
+        inputs.update(ctc_targets=batch.targets, ctc_target_lengths=batch.target_lengths)
+        if stage > 1:
+            inputs.update(prompt)
+
+        def step():
+            return _optimize(model(**inputs).loss, optimizer, trained)
+
+        return step
+
+    return make
+
+
+CASES = [
+    Case(
+        "train_step",
+        name,
+        SHAPES[stage],
+        {"eager as released": eager(stage), "ours": ours(stage)},
+        dtype="bfloat16" if GPU else "float32",
+        sources=("soundwave_fast/model", "soundwave_fast/ops", "csrc_triton"),
+        tests="tests/model/test_soundwave.py",
+        budget=0.05,  # AdamW walks on: both sides take the same number of steps, rounding drifts apart
+        rounds=4,
+    )
+    for stage, name in ((1, "stage 1"), (2, "stage 2 and 3"))
+]
+
+
+@rows(CASES)
+def test_train_step(benchmark, request, case, provider):
+    record(benchmark, request, case, provider)

@@ -1,0 +1,97 @@
+"""Options, the conformance gate and the machine's description for `pytest bench/ --benchmark-only`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow each other on a few cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from bench.harness import ROOT, Case, device
+
+PEERS = ("torch", "triton", "transformers", "peft", "flash-attn", "xformers", "liger-kernel", "cut-cross-entropy")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("soundwave_fast")
+    group.addoption("--no-memory", action="store_true", help="do not measure peak memory (a fresh process a row)")
+    group.addoption("--no-conformance", action="store_true", help="time ops without running their tests first")
+
+
+def _digest(case: Case, tests: str) -> str:
+    digest = hashlib.sha256(f"{torch.__version__} {device().type}".encode())
+    for name in (*case.files, tests):
+        path = ROOT / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def conformance(request: pytest.FixtureRequest) -> None:
+    """An op whose tests fail is not timed. A pass is remembered until the op, its tests or torch change."""
+    case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
+    if case is None or request.config.getoption("--no-conformance"):
+        return
+    tests = case.tests or f"tests/ops/test_{case.op}.py"
+    key = f"bench/conformance/{case.op}"
+    digest = _digest(case, tests)
+    verdict = request.config.cache.get(key, {})
+    if verdict.get("digest") != digest:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", tests]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        verdict = {"digest": digest, "passed": done.returncode == 0, "tail": done.stdout[-1500:]}
+        request.config.cache.set(key, verdict)
+    if not verdict["passed"]:
+        pytest.fail(f"{tests} fails, so {case.op} is not timed:\n{verdict['tail']}", pytrace=False)
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def describe_machine() -> dict:
+    """Commit, device, clocks, threads and versions: what a figure needs beside it to be believed."""
+    info = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno"))}
+    info.update(threads=torch.get_num_threads(), cpu_count=os.cpu_count(), versions={})
+    for name in PEERS:
+        try:
+            info["versions"][name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if device().type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        info.update(
+            device=properties.name, memory_gib=round(properties.total_memory / 2**30, 1), cuda=torch.version.cuda
+        )
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit,driver_version", "--format=csv,noheader"]
+        try:
+            info["clocks"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            info["clocks"] = ""
+    else:
+        info["device"] = _cpu_name()
+    return info
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    for private in ("node", "cpu"):  # a host's name and its full cpuid table are nobody's business
+        machine_info.pop(private, None)
+    machine_info.update(describe_machine())

@@ -1,0 +1,294 @@
+"""How a benchmark measures: providers of one case timed in turns, peak memory in a fresh process, share of the floor.
+
+A `Case` is one op at one shape; its providers are ways to compute it (eager, ours, installed peers). All providers of
+a case are timed in one process, round robin (A B C A B C ...), so a machine that slows down slows all of them and
+the ratio holds. pytest-benchmark stores, compares and prints the samples; the clock is ours: CUDA events around one
+call after an L2 flush on a GPU, the wall clock on a CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from soundwave_fast import cost_model
+from soundwave_fast.cost_model import Cost
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS, WARMUP = 7, 2
+FLUSH_BYTES = 256 << 20  # larger than any L2
+INPUT_SETS = 2  # a GPU rotates among so many, so that no round finds its inputs in the cache
+
+Step = Callable[[], tuple]
+Maker = Callable[["Case", torch.device, int], Step]  # (case, device, seed) -> one call of the op, returning results
+
+
+class Unavailable(Exception):
+    """A peer that is not installed, or cannot run this case; its row is skipped with this reason."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape. `providers` maps a name to a maker; the first is the baseline of the ratios."""
+
+    op: str  # the group, and the name of its tests: tests/ops/test_<op>.py
+    variant: str
+    shape: dict[str, int]
+    providers: dict[str, Maker]
+    dtype: str = "float32"
+    cost: Cost | None = None
+    sources: tuple[str, ...] = ()  # files whose change makes the row stale, beside the op's own
+    tests: str = ""  # conformance tests that must pass; tests/ops/test_<op>.py if empty
+    budget: float = 2e-2  # providers' results may differ so much from the baseline's, relative to its largest value
+    rounds: int = ROUNDS
+    compare: bool = field(default=True)  # False where the step returns nothing to compare
+
+    @property
+    def id(self) -> str:
+        return "-".join([self.variant.replace(" ", "_"), *(f"{k}={v}" for k, v in self.shape.items())])
+
+    @property
+    def files(self) -> list[str]:
+        """Sources of the op, for the staleness check of the report; folders stand for all in them."""
+        own = [f"soundwave_fast/ops/{self.op}.py", f"soundwave_fast/ops/pure_torch/{self.op}.py"]
+        own += [f"csrc_triton/{self.op}.py", f"csrc_triton/{self.op}"]
+        return [name for name in (*own, *self.sources) if (ROOT / name).exists()]
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def rows(cases: list[Case]):
+    """`@rows(CASES)`: one pytest row per case and provider."""
+    pairs = [pytest.param(case, name, id=f"{case.id}-{name}") for case in cases for name in case.providers]
+    return pytest.mark.parametrize(("case", "provider"), pairs)
+
+
+# -- timing ------------------------------------------------------------------------------------------------------
+
+
+def _clock_cuda(step: Step, flush: torch.Tensor) -> float:
+    flush.zero_()  # also keeps the GPU busy while the host enqueues the step
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _clock_cpu(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _make(case: Case, where: torch.device) -> tuple[dict[str, list[Step]], dict[str, str]]:
+    steps, missing = {}, {}
+    for name, make in case.providers.items():
+        try:
+            sets = INPUT_SETS if where.type == "cuda" else 1
+            steps[name] = [make(case, where, seed) for seed in range(sets)]
+            for step in steps[name]:
+                step()
+        except Unavailable as reason:
+            steps.pop(name, None)
+            missing[name] = str(reason)
+    return steps, missing
+
+
+def _difference(ours: tuple, baseline: tuple) -> float:
+    worst = 0.0
+    for x, y in zip(ours, baseline, strict=True):
+        x, y = x.detach().double(), y.detach().double()
+        if x.shape != y.shape:
+            return float("inf")
+        worst = max(worst, float((x - y).abs().max() / y.abs().max().clamp(min=1e-30)) if x.numel() else 0.0)
+    return worst
+
+
+@dataclass
+class Measured:
+    """Samples in seconds by provider, why others are missing, and how far each result is from the baseline's."""
+
+    seconds: dict[str, list[float]]
+    missing: dict[str, str]
+    difference: dict[str, float]
+
+
+_measured: dict[tuple[str, str], Measured] = {}
+
+
+def measure(case: Case) -> Measured:
+    """All providers of the case, timed in turns; once a session."""
+    key = (case.op, case.id)
+    if key in _measured:
+        return _measured[key]
+    where = device()
+    steps, missing = _make(case, where)
+    difference = {}
+    if case.compare and steps:
+        results = {name: sets[0]() for name, sets in steps.items()}
+        baseline = next(iter(results.values()))
+        difference = {name: _difference(result, baseline) for name, result in results.items()}
+        del results, baseline
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=where) if where.type == "cuda" else None
+    clock = functools.partial(_clock_cuda, flush=flush) if flush is not None else _clock_cpu
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(WARMUP + case.rounds):
+        for name, sets in steps.items():
+            sample = clock(sets[round_ % len(sets)])
+            if round_ >= WARMUP:
+                seconds[name].append(sample)
+    _measured[key] = Measured(seconds, missing, difference)
+    del steps
+    gc.collect()
+    return _measured[key]
+
+
+# -- memory ------------------------------------------------------------------------------------------------------
+
+
+def _status_kib(field_name: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field_name))
+
+
+def extra_peak_mib(step: Step, where: torch.device) -> float | None:
+    """How far one call of step lifts memory above where it stood; None where the system does not tell."""
+    step()  # libraries' own one-time buffers
+    gc.collect()
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    except OSError:
+        return None
+    before = _status_kib("VmRSS")
+    step()
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def peak_in_child(module: str, case: Case, provider: str) -> float | None:
+    """`extra_peak_mib` of a provider in a process of its own, whose heap no other provider has shaped."""
+    # A fixed threshold keeps glibc from holding on to large freed blocks, which would hide their next use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "bench.harness", module, case.op, case.id, provider]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"memory of {case.op} {case.id} {provider}: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _child(module: str, op: str, case_id: str, provider: str) -> None:
+    bench = importlib.import_module(module)
+    cases = [*bench.CASES, *(case for _, _, case in sweep_cases(bench))]
+    case = next(case for case in cases if (case.op, case.id) == (op, case_id))
+    print(json.dumps(extra_peak_mib(case.providers[provider](case, device(), 0), device())))
+
+
+def sweep_cases(bench: ModuleType) -> list[tuple[str, int, Case]]:
+    """(dimension, value, case) of a bench module's SWEEP: its `case(**shape)` at BASE with one dimension changed."""
+    sweep = getattr(bench, "SWEEP", {})
+    return [
+        (along, value, bench.case(**{**bench.BASE, along: value}))
+        for along, values in sweep.items()
+        for value in values
+    ]
+
+
+# -- floors ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def chip() -> cost_model.Chip | None:
+    """The GPU by its data sheet; for a CPU the ceilings measured here and now (a large matmul, a large copy)."""
+    if device().type == "cuda":
+        try:
+            return cost_model.chip(torch.cuda.get_device_name())
+        except ValueError:
+            return None
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(1200, 4096).to(dtype), torch.randn(4096, 2048).to(dtype)
+        out = torch.empty(1200, 2048, dtype=dtype)
+        best = min(_clock_cpu(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)) for _ in range(6))
+        rates[str(dtype).removeprefix("torch.")] = 2 * 1200 * 4096 * 2048 / best
+    source, target = torch.ones(64 << 20), torch.empty(64 << 20)
+    best = min(_clock_cpu(lambda: target.copy_(source)) for _ in range(4))
+    return cost_model.Chip("this CPU, measured", rates, 2 * source.numel() * 4 / best)
+
+
+# -- one row -----------------------------------------------------------------------------------------------------
+
+
+class _Replay:
+    """A clock that gives pytest-benchmark the samples taken in turns, one pair of readings a sample."""
+
+    def __init__(self, samples: list[float]) -> None:
+        self.readings = [reading for sample in samples for reading in (0.0, sample)]
+
+    def __call__(self) -> float:
+        return self.readings.pop(0) if self.readings else 0.0
+
+
+def record(benchmark, request, case: Case, provider: str) -> None:
+    """Fill one pytest-benchmark row: samples, ratio to the baseline, extra peak memory, share of the floor.
+
+    Fails where the provider's results leave the case's budget; skips what is not installed.
+    """
+    measured = measure(case)
+    if provider in measured.missing:
+        pytest.skip(f"{provider}: {measured.missing[provider]}")
+    samples = measured.seconds[provider]
+    if case.compare:
+        assert measured.difference[provider] <= case.budget, (
+            f"{provider} differs from the baseline by {measured.difference[provider]:.3g}"
+        )
+    benchmark.group = f"{case.op} {case.id}"
+    baseline = next(iter(measured.seconds))
+    ratios = sorted(b / s for b, s in zip(measured.seconds[baseline], samples))
+    info = benchmark.extra_info
+    info.update(op=case.op, variant=case.variant, shape=case.shape, dtype=case.dtype, provider=provider)
+    info.update(files=case.files, baseline=baseline, threads=torch.get_num_threads())
+    info.update(ratio=ratios[len(ratios) // 2], ratio_low=ratios[0], ratio_high=ratios[-1])
+    if case.compare:
+        info["difference"] = measured.difference[provider]
+    if case.cost is not None:
+        info.update(flops=case.cost.flops, bytes=case.cost.bytes)
+        ceilings = chip()
+        if ceilings is not None and case.dtype in ceilings.flops:
+            floor = cost_model.floor_seconds(case.cost, ceilings, case.dtype)
+            info.update(floor_seconds=floor, of_floor=floor / sorted(samples)[len(samples) // 2])
+    if not request.config.getoption("--no-memory"):
+        info["extra_peak_mib"] = peak_in_child(request.module.__name__, case, provider)
+    timer, benchmark._timer = benchmark._timer, _Replay(samples)
+    try:
+        benchmark.pedantic(lambda: None, rounds=len(samples), iterations=1)
+    finally:
+        benchmark._timer = timer
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])

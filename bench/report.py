@@ -1,0 +1,198 @@
+"""RESULTS.md, its plots and the README's table, generated from bench/results/*.json; nothing in them is typed by hand.
+
+`python -m bench.report [FILE ...]` takes the newest file of each device by default. A row whose op has changed since
+the commit it was measured at is refused: it is listed by name instead of shown. `--check` writes nothing and exits
+with 1 if what is committed differs from what would be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from bench import plots
+from bench.harness import ROOT
+
+RESULTS = ROOT / "bench" / "results"
+MARKDOWN = ROOT / "bench" / "RESULTS.md"
+BEGIN, END = "<!-- results: begin (python -m bench.report) -->", "<!-- results: end -->"
+
+
+def load(path: Path) -> tuple[dict, list[dict]]:
+    """The machine and the rows of one pytest-benchmark JSON file.
+
+    Raises ValueError for a file that is not one.
+    """
+    try:
+        document = json.loads(path.read_text())
+        rows = [_row(entry) for entry in document["benchmarks"] if "op" in entry["extra_info"]]
+        return document["machine_info"], rows
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a results file of pytest-benchmark ({error!r})") from None
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    position = share * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def _row(entry: dict) -> dict:
+    samples = sorted(entry["stats"]["data"])
+    times = {f"p{q}": _quantile(samples, q / 100) for q in (20, 50, 80)}
+    return {**entry["extra_info"], **times, "test": entry["fullname"]}
+
+
+def stale(commit: str, files: list[str]) -> bool:
+    """Whether one of the op's files differs from `commit` in the working tree (or the commit is unknown here)."""
+    done = subprocess.run(["git", "diff", "--quiet", commit, "--", *files], cwd=ROOT, capture_output=True)
+    return done.returncode != 0
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def _mib(row: dict) -> str:
+    return "" if row.get("extra_peak_mib") is None else f"{row['extra_peak_mib']:.0f}"
+
+
+def _case(row: dict) -> tuple:
+    return row["op"], row["variant"], tuple(row["shape"].items())
+
+
+def table(rows: list[dict]) -> list[str]:
+    """One table an op: ratio first, then absolute times, memory and share of the floor."""
+    lines: list[str] = []
+    by_op = defaultdict(list)
+    for row in rows:
+        by_op[row["op"]].append(row)
+    for op, mine in by_op.items():
+        lines += [f"### {op}", ""]
+        lines += [
+            "| case | provider | times faster than the baseline (low ... high) | p20 / p50 / p80 ms | extra peak MiB "
+            "| % of floor |",
+            "|---|---|---|---|---|---|",
+        ]
+        seen = None
+        for row in mine:
+            case = f"{row['variant']}, " + " ".join(f"{k} {v}" for k, v in row["shape"].items())
+            label, seen = ("" if case == seen else case), case
+            ratio = f"**{row['ratio']:.2f}** ({row['ratio_low']:.2f} ... {row['ratio_high']:.2f})"
+            if row["provider"] == row["baseline"]:
+                ratio = "baseline"
+            times = " / ".join(_ms(row[name]) for name in ("p20", "p50", "p80"))
+            floor = f"{100 * row['of_floor']:.0f} %" if "of_floor" in row else ""
+            lines.append(f"| {label} | {row['provider']} | {ratio} | {times} | {_mib(row)} | {floor} |")
+        lines.append("")
+    return lines
+
+
+def headline(machine: dict, rows: list[dict]) -> list[str]:
+    """A line a case for the README: ours against the baseline, in time and memory."""
+    lines = ["| op and case | times faster | of its memory | baseline |", "|---|---|---|---|"]
+    cases = defaultdict(dict)
+    for row in rows:
+        cases[_case(row)][row["provider"]] = row
+    for (op, variant, _), providers in cases.items():
+        if "ours" not in providers:
+            continue
+        ours = providers["ours"]
+        baseline = providers.get(ours["baseline"])
+        memory = ""
+        if baseline and ours.get("extra_peak_mib") is not None and baseline.get("extra_peak_mib"):
+            memory = f"{100 * max(ours['extra_peak_mib'], 0) / baseline['extra_peak_mib']:.0f} %"
+        lines.append(f"| `{op}`, {variant} | {ours['ratio']:.2f} | {memory} | {ours['baseline']} |")
+    where = f"{machine['device']}, {machine['threads']} threads, torch {machine['versions'].get('torch', '?')}"
+    return [*lines, "", f"Measured on {where}, commit `{machine['commit'][:7]}`; every row: `bench/RESULTS.md`."]
+
+
+def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, list[dict]]]]:
+    """RESULTS.md's text, the README's block (of the first file) and the rows kept of each file."""
+    lines = [
+        "# Results",
+        "",
+        "Generated by `python -m bench.report` from the JSON files in `bench/results/`. All providers of a case were",
+        "timed in turns in one process; the ratio is the median of the rounds' own ratios, with the lowest and the",
+        "highest. Extra peak is the growth of memory over one call, in a process of its own. % of floor is the least",
+        "time the work could take (`soundwave_fast/cost_model.py`) over the median.",
+        "",
+    ]
+    block, kept = None, []
+    for path in paths:
+        machine, rows = load(path)
+        fresh = [row for row in rows if not stale(machine["commit"], row["files"])]
+        gone = sorted({f"{row['op']} {row['variant']}" for row in rows if row not in fresh})
+        name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+        versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+        lines += [
+            f"## {machine['device']}",
+            "",
+            f"Commit `{machine['commit']}`{' with uncommitted changes' if machine['dirty'] else ''}, "
+            f"{machine['threads']} threads of {machine['cpu_count']}, {versions}. "
+            f"`pytest bench/ --benchmark-only --benchmark-json={name}`",
+            "",
+        ]
+        if fresh:
+            lines += [f"![{machine['device']}](results/{path.stem}.png)", ""]
+        lines += table(fresh)
+        if gone:
+            lines += ["Refused, because the op has changed since: " + "; ".join(gone) + ".", ""]
+        block = block or "\n".join(headline(machine, fresh))
+        kept.append((path, machine, fresh))
+    return "\n".join(lines), block, kept
+
+
+def newest() -> list[Path]:
+    """The newest results file of every device (names are <device>_<date>_<commit>.json), GPUs first."""
+    latest: dict[str, Path] = {}
+    for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.name.split("_")[1:2]):
+        latest[path.name.split("_")[0]] = path
+    return sorted(latest.values(), key=lambda path: ("cpu" in path.name, path.name))
+
+
+def with_block(readme: str, block: str) -> str:
+    """README with the text between the two markers replaced."""
+    if BEGIN not in readme or END not in readme:
+        return readme
+    before, rest = readme.split(BEGIN, 1)
+    return before + BEGIN + "\n" + block + "\n" + END + rest.split(END, 1)[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.report", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    paths = [path.resolve() for path in args.files] or newest()
+    if not paths:
+        print("report: no results in bench/results; run pytest bench/ --benchmark-only --benchmark-json=FILE")
+        return 2
+    try:
+        text, block, kept = compose(paths)
+    except (OSError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    readme = ROOT / "README.md"
+    wanted = {MARKDOWN: text, readme: with_block(readme.read_text(), block)}
+    if args.check:
+        wrong = [path.name for path, content in wanted.items() if not path.exists() or path.read_text() != content]
+        if wrong:
+            print(f"report: {', '.join(wrong)} differ from bench/results: run python -m bench.report")
+        return int(bool(wrong))
+    for path, content in wanted.items():
+        path.write_text(content)
+    for path, machine, rows in kept:
+        if rows:
+            plots.ratios(rows, machine, RESULTS / f"{path.stem}.png")
+    print(f"wrote {MARKDOWN.relative_to(ROOT)}: {sum(len(rows) for _, _, rows in kept)} rows of {len(kept)} machines")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""How cost grows with the work: time and peak memory against T, B, V, D and S, into a JSON file and a log-log plot.
+
+`python -m bench.sweep [--only OP ...] [--rounds N]` walks the SWEEP of every bench module (one dimension changes, the
+others stay at BASE), writes bench/results/scaling_<device>.json after every point, so that it can be stopped and given
+again, and draws bench/results/scaling_<device>.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bench import harness, plots
+from bench.conftest import describe_machine
+from soundwave_fast import cost_model
+
+RESULTS = harness.ROOT / "bench" / "results"
+
+
+def modules() -> list[str]:
+    """Names of the bench modules that have something to sweep."""
+    names = sorted(path.stem for path in (harness.ROOT / "bench").glob("bench_*.py"))
+    return [f"bench.{name}" for name in names if hasattr(importlib.import_module(f"bench.{name}"), "SWEEP")]
+
+
+def _points(module: str, along: str, value: int, case: harness.Case, memory: bool) -> list[dict]:
+    measured = harness.measure(case)
+    chip = harness.chip()
+    floor = None
+    if case.cost is not None and chip is not None and case.dtype in chip.flops:
+        floor = cost_model.floor_seconds(case.cost, chip, case.dtype)
+    return [
+        {
+            "op": f"{case.op} {case.variant}",
+            "along": along,
+            "value": value,
+            "provider": provider,
+            "seconds": statistics.median(samples),
+            "floor_seconds": floor,
+            "extra_peak_mib": harness.peak_in_child(module, case, provider) if memory else None,
+        }
+        for provider, samples in measured.seconds.items()
+    ]
+
+
+def _write(path: Path, document: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.sweep", description=__doc__)
+    names = modules()
+    parser.add_argument("--only", nargs="+", choices=[name.removeprefix("bench.bench_") for name in names])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    machine = describe_machine()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"scaling_{harness.device().type}.json"
+    document = {"machine": machine, "points": []}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["machine"] == machine:  # the same commit on the same machine: go on
+            document = before
+    done = {(p["op"], p["along"], p["value"]) for p in document["points"]}
+    todo = [
+        (name, along, value, dataclasses.replace(case, rounds=args.rounds))
+        for name in names
+        if not args.only or name.removeprefix("bench.bench_") in args.only
+        for along, value, case in harness.sweep_cases(importlib.import_module(name))
+        if (f"{case.op} {case.variant}", along, value) not in done
+    ]
+    try:
+        for name, along, value, case in tqdm(todo, unit="point", disable=not sys.stderr.isatty()):
+            document["points"] += _points(name, along, value, case, not args.no_memory)
+            _write(path, document)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    plots.scaling(document["points"], machine, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png').name}: {len(document['points'])} points")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
