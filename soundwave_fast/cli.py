@@ -22,6 +22,11 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--prompt", required=True, help="the question")
         else:
             sub.add_argument("--ctc", action="store_true", help="greedy CTC transcript instead of the LLM's")
+            sub.add_argument(
+                "--timestamps",
+                action="store_true",
+                help="words of the CTC transcript, one a line: begin, end (s), word",
+            )
             sub.add_argument("--peaks", metavar="PNG", help="also draw the CTC peaks of the (one) file")
     return parser
 
@@ -37,7 +42,7 @@ def _load(args: argparse.Namespace):
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    with_llm = not getattr(args, "ctc", False)
+    with_llm = not (getattr(args, "ctc", False) or getattr(args, "timestamps", False))
     if not Path(args.model).is_dir():
         raise ValueError(f"--model {args.model}: no such directory")
     model = SoundwaveForConditionalGeneration.from_pretrained(args.model, with_language_model=with_llm)
@@ -66,18 +71,22 @@ def main(argv: list[str] | None = None) -> int:
         prefix = f"{name}\t" if len(args.files) > 1 else ""
         try:
             if args.command == "chat":
-                text = generate.answer(model, processor, name, args.prompt, max_new_tokens=args.max_new_tokens)
+                lines = [generate.answer(model, processor, name, args.prompt, max_new_tokens=args.max_new_tokens)]
+            elif args.timestamps:
+                found = generate.words(model, processor, name)
+                lines = [f"{word.start:.2f}\t{word.end:.2f}\t{word.text}" for word in found]
             elif args.ctc:
-                text = generate.transcribe_ctc(model, processor, name)
+                lines = [generate.transcribe_ctc(model, processor, name)]
             else:
-                text = generate.transcribe(model, processor, name, max_new_tokens=args.max_new_tokens)
+                lines = [generate.transcribe(model, processor, name, max_new_tokens=args.max_new_tokens)]
             if getattr(args, "peaks", None):
                 generate.draw_peaks(model, processor, name, args.peaks)
         except (OSError, ValueError) as error:
             print(f"soundwave: {' '.join(str(error).split())}", file=sys.stderr)
             failed += 1
             continue
-        print(prefix + text, flush=True)
+        for line in lines:
+            print(prefix + line, flush=True)
     return 0 if not failed else 2 if failed == len(args.files) else 1
 
 

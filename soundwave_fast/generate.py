@@ -1,7 +1,9 @@
-"""From an audio file to text: transcript, answer, CTC peaks with their times, and the picture of them."""
+"""From an audio file to text: transcript, answer, CTC peaks and words with their times, and the picture of them."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 
 from soundwave_fast.audio import MAX_SECONDS, SAMPLE_RATE, load_audio, windows
-from soundwave_fast.ops import ctc_peaks
+from soundwave_fast.ops import ctc_peaks, peak_times
 from soundwave_fast.text import collapse
 
 TRANSCRIBE = "Transcribe the audio."
@@ -22,6 +24,16 @@ class Peak:
 
     time: float
     token: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of the CTC transcript: from when to when (s), and how sure the head was of its least sure token."""
+
+    start: float
+    end: float
+    text: str
     probability: float
 
 
@@ -99,13 +111,49 @@ def peaks(model: Any, processor: Any, audio: str | Path | np.ndarray) -> list[Pe
     wave = _waveform(audio)
     tokens, log_probs, lengths = _hear(model, processor, wave)
     index, cu_seqlens = ctc_peaks(tokens, lengths, blank=model.config.ctc_blank_id, drop_blank=True)
-    kept = index[: int(cu_seqlens[-1])].long()
-    token, probability = tokens.flatten()[kept], log_probs.flatten()[kept].exp()
+    times = peak_times(index[: int(cu_seqlens[-1])], tokens, log_probs, 1 / model.frames_per_second)
     return [
-        Peak(float(t) / model.frames_per_second, processor.tokenizer.decode([int(k)]), float(p))
-        for t, k, p in zip(kept, token, probability, strict=True)
-        if int(k) != model.config.ctc_blank_id
+        Peak(second, processor.tokenizer.decode([token]), probability)
+        for second, token, probability in zip(*(x.tolist() for x in times), strict=True)
+        if token != model.config.ctc_blank_id
     ]
+
+
+def words(model: Any, processor: Any, audio: str | Path | np.ndarray) -> list[Word]:
+    """The words of `transcribe_ctc` with their times, on a 40 ms grid; audio of any length.
+
+    A word lasts from the frame in which CTC first says it to the end of its last token's run. CTC is late rather than
+    early, and says a token in a frame or two: the end is when the head was through with a word, not the speaker.
+    """
+    found, offset = [], 0.0
+    for wave in windows(_waveform(audio)):
+        tokens, log_probs, lengths = _hear(model, processor, wave)
+        index, cu_seqlens = ctc_peaks(tokens, lengths)  # blanks too: the next run's begin is this one's end
+        times = peak_times(index[: int(cu_seqlens[-1])], tokens, log_probs, 1 / model.frames_per_second)
+        starts, ids, probabilities = (x.tolist() for x in times)
+        ends = [*starts[1:], int(lengths[0]) / model.frames_per_second]
+        runs = [
+            (id_, offset + start, offset + end, probability)
+            for id_, start, end, probability in zip(ids, starts, ends, probabilities, strict=True)
+            if id_ != model.config.ctc_blank_id
+        ]
+        found += _group_words(runs, processor.tokenizer.decode)
+        offset += len(wave) / SAMPLE_RATE
+    return found
+
+
+def _group_words(runs: list[tuple[int, float, float, float]], decode: Callable[[list[int]], str]) -> list[Word]:
+    """Words of the decoded tokens; each takes its times from the tokens that share a character with it."""
+    ids = [run[0] for run in runs]
+    reach = [0]  # characters written once so many tokens are in; a token may hold part of one, hence the maximum
+    for count in range(1, len(ids) + 1):
+        reach.append(max(reach[-1], len(decode(ids[:count]))))
+    found = []
+    for match in re.finditer(r"\S+", decode(ids) if ids else ""):
+        own = [run for run, a, b in zip(runs, reach, reach[1:]) if min(a, b - 1) < match.end() and b > match.start()]
+        if own:
+            found.append(Word(own[0][1], own[-1][2], match.group(), min(run[3] for run in own)))
+    return found
 
 
 def draw_peaks(model: Any, processor: Any, audio: str | Path | np.ndarray, path: str | Path, title: str = "") -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,14 +16,15 @@ from torch import Tensor
 class Packed:
     """B sequences of different lengths in one tensor, sequence b being `data[cu_seqlens[b]:cu_seqlens[b + 1]]`.
 
-    data:       (total, ...) rows, in order; gradients flow through it.
-    cu_seqlens: (B + 1,) int32 offsets from 0 to total, on data's device (flash-attn's varlen layout).
-    lengths:    (B,) int32 or int64, equal to cu_seqlens.diff().
-    max_len:    the longest length, a host int (0 when there is nothing).
-    index:      None, or (total,) the flat position b * T + t each row was taken from.
+    data:       (total, ...) rows, in order; gradients flow through it. Rows past cu_seqlens[-1] belong to nobody: a
+                buffer whose size was fixed before the lengths were known has some, filled with 0.
+    cu_seqlens: (B + 1,) int32 offsets, from 0, on data's device (flash-attn's varlen layout).
+    lengths:    (B,) int32 or int64, equal to cu_seqlens.diff() unless `overflowed`.
+    max_len:    the longest length, or a bound on it where the host does not know; an int.
+    index:      None, or (total,) the flat position b * T + t each row was taken from, -1 for rows of nobody.
 
     Raises TypeError / ValueError naming the field that does not fit. Offsets that live on an accelerator are not
-    read back, so only their shapes are checked there.
+    read back, so only their shapes are checked there (and under torch.compile).
     """
 
     data: Tensor  # (total, ...)
@@ -47,14 +49,19 @@ class Packed:
             )
         if self.index is not None and self.index.shape != self.data.shape[:1]:
             raise ValueError(f"index must have shape ({self.data.shape[0]},), got {tuple(self.index.shape)}")
-        if self.cu_seqlens.device.type == "cpu" and self.lengths.device.type == "cpu":
+        for name, x in (("cu_seqlens", self.cu_seqlens), ("lengths", self.lengths), ("index", self.index)):
+            if x is not None and x.device != self.data.device:
+                raise ValueError(f"{name} must be on data's device {self.data.device}, got {x.device}")
+        on_host = self.cu_seqlens.device.type == "cpu" and self.lengths.device.type == "cpu"
+        if on_host and not torch.compiler.is_compiling():
             self._check_values()
 
     def _check_values(self) -> None:
         offsets, lengths = self.cu_seqlens.tolist(), self.lengths.tolist()
-        if offsets[0] != 0 or offsets[-1] != self.data.shape[0]:
+        if offsets[0] != 0 or offsets[-1] > self.data.shape[0]:
             raise ValueError(
-                f"cu_seqlens must run from 0 to data's {self.data.shape[0]} rows, got {offsets[0]} to {offsets[-1]}"
+                f"cu_seqlens must run from 0 and stay in data's {self.data.shape[0]} rows, "
+                f"got {offsets[0]} to {offsets[-1]}"
             )
         if any(end - start != n or n < 0 for (start, end), n in zip(pairwise(offsets), lengths)):
             raise ValueError("lengths must be the non-negative differences of cu_seqlens")
@@ -66,7 +73,7 @@ class Packed:
 
     @property
     def total(self) -> int:
-        """Number of rows over all sequences."""
+        """Number of rows of data, those of nobody included."""
         return self.data.shape[0]
 
     @classmethod
@@ -85,28 +92,55 @@ class Packed:
         return cls._from_lengths(torch.cat(list(sequences)), lengths)
 
     @classmethod
-    def from_padded(cls, x: Tensor, lengths: Tensor | Sequence[int]) -> Packed:
+    def from_padded(
+        cls, x: Tensor, lengths: Tensor | Sequence[int], total: int | None = None, max_len: int | None = None
+    ) -> Packed:
         """Pack the first lengths[b] rows of each x[b]; x is (B, T, ...), padded on the right. `index` is filled in.
 
-        Raises ValueError when a length lies outside 0..T. Lengths on an accelerator are copied to the host once.
+        Lengths on an accelerator are copied to the host once, unless both `total`, the number of rows of data, and
+        `max_len` are given: bounds will do, rows of nobody are 0, and whatever a total too small leaves out is
+        `overflowed`.
+
+        Raises ValueError when a length lies outside 0..T or they add up to more than total (where they can be read).
         """
         if x.dim() < 2:
             raise ValueError(f"x must be padded, (B, T, ...), got {tuple(x.shape)}")
         B, T = x.shape[:2]
-        host = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
-        if len(host) != B or any(not 0 <= n <= T for n in host):
-            raise ValueError(f"lengths must be {B} numbers in 0..{T}, got {host}")
-        lengths_B = torch.tensor(host, dtype=torch.int64, device=x.device)
-        keep_BT = torch.arange(T, device=x.device) < lengths_B[:, None]
-        index = keep_BT.reshape(-1).nonzero().squeeze(1)
-        return cls._from_lengths(x.reshape(B * T, *x.shape[2:]).index_select(0, index), host, index)
+        if not isinstance(lengths, Tensor):
+            lengths = torch.tensor(lengths, dtype=torch.int64)
+        if lengths.shape != (B,):
+            raise ValueError(f"lengths must be {B} numbers in 0..{T}, got {tuple(lengths.shape)}")
+        bounded = total is not None and max_len is not None
+        if not bounded or (lengths.device.type == "cpu" and not torch.compiler.is_compiling()):
+            host = lengths.tolist()
+            if any(not 0 <= n <= T for n in host):
+                raise ValueError(f"lengths must be {B} numbers in 0..{T}, got {host}")
+            total = sum(host) if total is None else total
+            max_len = max(host, default=0) if max_len is None else max_len
+            if total < sum(host):
+                raise ValueError(f"total is {total}, but lengths add up to {sum(host)}")
+        lengths_B = lengths.to(x.device, torch.int32, non_blocking=True).clamp(0, T)
+        cu_seqlens = F.pad(lengths_B.cumsum(0, dtype=torch.int32), (1, 0)).clamp(max=total)
+        row = torch.arange(total, dtype=torch.int32, device=x.device)
+        sequence = torch.searchsorted(cu_seqlens[1:], row, right=True)
+        nobody = row >= cu_seqlens[-1]
+        flat = torch.where(nobody, 0, sequence * T + row - cu_seqlens[sequence])
+        data = x.reshape(B * T, *x.shape[2:]).index_select(0, flat) if B * T else x.new_zeros(total, *x.shape[2:])
+        if bounded:
+            data = data.masked_fill(nobody.view(-1, *[1] * (x.dim() - 2)), 0)
+        return cls(data, cu_seqlens, lengths_B, max_len, torch.where(nobody, -1, flat))
 
     @classmethod
-    def _from_lengths(cls, data: Tensor, lengths: list[int], index: Tensor | None = None) -> Packed:
+    def _from_lengths(cls, data: Tensor, lengths: list[int]) -> Packed:
         lengths_B = torch.tensor(lengths, dtype=torch.int32)
-        cu_seqlens = torch.nn.functional.pad(lengths_B.cumsum(0, dtype=torch.int32), (1, 0))
+        cu_seqlens = F.pad(lengths_B.cumsum(0, dtype=torch.int32), (1, 0))
         device = data.device
-        return cls(data, cu_seqlens.to(device), lengths_B.to(device), max(lengths, default=0), index)
+        return cls(
+            data,
+            cu_seqlens.to(device, non_blocking=True),
+            lengths_B.to(device, non_blocking=True),
+            max(lengths, default=0),
+        )
 
     def with_data(self, data: Tensor) -> Packed:
         """The same offsets over other rows, (total, ...)."""
@@ -120,37 +154,46 @@ class Packed:
         index = None if self.index is None else self.index.to(data.device)
         return Packed(data, self.cu_seqlens.to(data.device), self.lengths.to(data.device), self.max_len, index)
 
+    def overflowed(self) -> Tensor:
+        """() bool on data's device: whether a buffer was too small for all rows. No host sync."""
+        return self.lengths.sum() > self.cu_seqlens[-1]
+
     def segment_ids(self) -> Tensor:
-        """(total,) int64: the sequence each row belongs to. No host sync."""
-        rows = torch.arange(len(self), device=self.data.device)
-        return torch.repeat_interleave(rows, self.lengths.long(), output_size=self.total)
+        """(total,) int64: the sequence each row belongs to, B for rows of nobody. No host sync."""
+        row = torch.arange(self.total, dtype=torch.int32, device=self.data.device)
+        return torch.searchsorted(self.cu_seqlens[1:], row, right=True)
 
     def positions(self) -> Tensor:
         """(total,) int64: the place of each row within its own sequence, from 0. No host sync."""
-        return torch.arange(self.total, device=self.data.device) - self.cu_seqlens[:-1].long()[self.segment_ids()]
+        return torch.arange(self.total, device=self.data.device) - self.cu_seqlens[self.segment_ids()]
 
     def mask(self, side: str = "right") -> Tensor:
         """(B, max_len) bool: True where `to_padded` puts a row."""
         self._check_side(side)
         slot = torch.arange(self.max_len, device=self.data.device)
-        return (slot if side == "right" else self.max_len - 1 - slot) < self.lengths[:, None]
+        return (slot if side == "right" else self.max_len - 1 - slot) < self.cu_seqlens.diff()[:, None]
 
     def to_padded(self, value: float = 0.0, side: str = "right") -> Tensor:
-        """(B, max_len, ...): the rows of each sequence, filled up with `value` on `side` ("right" or "left")."""
+        """(B, max_len, ...): the rows of each sequence, filled up with `value` on `side` ("right" or "left").
+
+        No host sync.
+        """
         self._check_side(side)
         B, L = len(self), self.max_len
         segment = self.segment_ids()
-        slot = segment * L + self.positions()
+        slot = segment * L + torch.arange(self.total, device=self.data.device) - self.cu_seqlens[segment]
         if side == "left":
-            slot = slot + (L - self.lengths.long())[segment]
-        out = self.data.new_full((B * L, *self.data.shape[1:]), value)
-        return out.index_copy(0, slot, self.data).view(B, L, *self.data.shape[1:])
+            slot = slot + (L - F.pad(self.cu_seqlens.diff(), (0, 1)))[segment]
+        slot = slot.where(segment < B, B * L)  # the last slot is thrown away
+        out = self.data.new_full((B * L + 1, *self.data.shape[1:]), value)
+        return out.index_copy(0, slot, self.data)[:-1].view(B, L, *self.data.shape[1:])
 
     unpad = to_padded  # flash-attn users look for this pair of names
 
     def unbind(self) -> list[Tensor]:
         """B tensors (n_b, ...), views of data. Copies the lengths to the host."""
-        return list(self.data.split(self.lengths.tolist()))
+        lengths = self.cu_seqlens.diff().tolist()
+        return list(self.data[: sum(lengths)].split(lengths))
 
     @staticmethod
     def _check_side(side: str) -> None:

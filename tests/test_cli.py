@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
-from soundwave_fast import cli
+from soundwave_fast import cli, generate
 from soundwave_fast.model import checkpoint
 from tests.model import tiny
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def stage(tiny_parts, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("stage")
+    torch.manual_seed(1)  # the same random adapters, hence the same transcripts, whichever tests ran before
     model, processor = tiny.make_model(tiny_parts)
     checkpoint.save_stage_directory(tiny.add_lora(model), folder, processor)
     return str(folder)
@@ -67,6 +69,45 @@ def test_wav_and_flac_say_the_same(soundwave, sounds):
 def test_ctc_alone(soundwave, sounds):
     code, out, err = soundwave("transcribe", sounds["a.wav"], "--ctc")
     assert (code, len(out), err) == (0, 1, [])
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("a.wav", 1.0), ("long.wav", 35.0)])
+def test_timestamps(soundwave, sounds, name, seconds):
+    code, out, err = soundwave("transcribe", sounds[name], "--timestamps")
+    assert (code, err) == (0, []) and out
+    begins, ends, words = zip(*(line.split("\t") for line in out))
+    begins, ends = [float(t) for t in begins], [float(t) for t in ends]
+    assert all(begin < end for begin, end in zip(begins, ends)) and begins == sorted(begins)
+    assert 0 <= begins[0] and ends[-1] <= seconds + 0.04
+    assert soundwave("transcribe", sounds[name], "--ctc")[1] == [" ".join(words)]
+    if name == "long.wav":  # the second window's words come after the first's
+        assert begins[-1] > 30
+
+
+def test_timestamps_of_several_files(soundwave, sounds):
+    _, alone, _ = soundwave("transcribe", sounds["a.wav"], "--timestamps")
+    _, out, _ = soundwave("transcribe", sounds["a.wav"], sounds["a.flac"], "--timestamps")
+    assert out == [f"{sounds[name]}\t{line}" for name in ("a.wav", "a.flac") for line in alone]
+
+
+def test_words_take_their_times_from_their_tokens():
+    pieces = {1: "tur", 2: "n", 3: " on", 4: " the", 5: "\ufffd", 6: " "}
+    runs = [(1, 0.0, 0.04, 0.9), (2, 0.2, 0.28, 0.5), (3, 0.4, 0.44, 0.8), (6, 0.5, 0.54, 0.1), (4, 0.6, 0.64, 0.7)]
+
+    def decode(ids):  # two halves of a character are one character
+        return "".join(pieces[i] for i in ids).replace("\ufffd\ufffd", "é")
+
+    assert generate._group_words(runs, decode) == [
+        generate.Word(0.0, 0.28, "turn", 0.5),
+        generate.Word(0.4, 0.44, "on", 0.8),
+        generate.Word(0.6, 0.64, "the", 0.7),
+    ]
+    halves = [(3, 0.0, 0.04, 0.9), (5, 0.2, 0.24, 0.8), (5, 0.24, 0.32, 0.7), (4, 0.4, 0.44, 0.6)]
+    assert [(word.text, word.start, word.end) for word in generate._group_words(halves, decode)] == [
+        ("oné", 0.0, 0.32),
+        ("the", 0.4, 0.44),
+    ]
+    assert generate._group_words([], decode) == []
 
 
 def test_chat(soundwave, sounds):

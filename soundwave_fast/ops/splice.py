@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from soundwave_fast.ops.backend import implementation, refuse_dtensor
 from soundwave_fast.packed import Packed
 
-IGNORE = -100  # the label cross entropy skips
+_LAYOUTS = ("right", "left", "packed")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Spliced:
     position_ids: Tensor  # (B, M) int64, from 0 within each prompt, 0 on padding
     labels: Tensor | None  # (B, M), -100 on audio and padding
     cu_seqlens: Tensor  # (B + 1,) int32 offsets of the spliced prompts without their padding
+    lengths: Tensor  # (B,) int32, equal to cu_seqlens.diff() unless overflowed
+
+    def overflowed(self) -> Tensor:
+        """() bool on the device: whether max_length was too small for a prompt, so that rows are missing. No sync."""
+        return self.lengths.sum() > self.cu_seqlens[-1]
 
 
 def splice(
@@ -34,70 +40,35 @@ def splice(
     attention_mask: Tensor | None = None,  # (B, L); non-zero marks text, padding may be on either side
     labels: Tensor | None = None,  # (B, L)
     layout: str = "right",  # "right", "left" or "packed"
+    max_length: int | None = None,  # M; None: just long enough
 ) -> Spliced:
     """Replace the i-th placeholder, in row-major order, by the i-th segment of audio, which may be empty.
 
     layout says where padding goes: "right" for training, "left" for generation, "packed" for none at all, one row
     whose position_ids restart and whose cu_seqlens bound the prompts. A prompt may hold any number of placeholders.
-    Audio rows are cast to text_embeds' dtype; gradients reach audio.data and text_embeds. Vectorised over the batch;
-    on an accelerator it waits for the counts and lengths that size the output.
+    Audio rows are cast to text_embeds' dtype; rows of audio past its cu_seqlens[-1] are not read. Gradients reach
+    audio.data and text_embeds; backward writes every row of either once.
+
+    Without max_length the lengths of the prompts are copied to the host: the one place where this waits for an
+    accelerator. With it nothing waits. Then, on an accelerator, a placeholder without a segment, a segment without a
+    placeholder and a placeholder outside attention_mask are left out unseen, and a prompt too long loses its end (its
+    beginning on the left layout), which `Spliced.overflowed()` tells.
 
     Raises ValueError for shapes that disagree, an unknown layout, a number of placeholders other than the number of
-    segments, or a placeholder outside attention_mask (naming the row).
+    segments or a placeholder outside attention_mask (naming the row), or a max_length that is too small (values are
+    checked on the CPU, under torch.compile too); TypeError for dtypes.
     """
-    B, L, D = _check(text_embeds, audio, placeholder_mask, attention_mask, labels, layout)
-    device = text_embeds.device
-    valid_BL = torch.ones_like(placeholder_mask) if attention_mask is None else attention_mask.bool()
-    per_prompt_B = placeholder_mask.sum(1)
-    # Each text position is 1 wide, a placeholder as wide as its segment, padding 0.
-    segment_BL = (placeholder_mask.reshape(-1).cumsum(0) - 1).view(B, L)
-    spans = F.pad(audio.lengths.long(), (0, 1))  # one more, so that a batch without segments can be indexed
-    width_BL = torch.where(placeholder_mask, spans[segment_BL.clamp(0, len(audio))], 1) * valid_BL
-    length_B = width_BL.sum(1)
-    outside_B = (placeholder_mask & ~valid_BL).any(1).long()
-
-    host = torch.stack([per_prompt_B, outside_B, length_B]).tolist()  # sizes the output, and carries the checks
-    _check_counts(host[0], host[1], len(audio))
-    total, longest = sum(host[2]), max(host[2], default=0)
-
-    first_BL = width_BL.cumsum(1) - width_BL  # place of each source position within its spliced prompt
-    start_B = length_B.cumsum(0) - length_B
-    if layout == "packed":
-        base_B, slots, shape = start_B, total, (1, total)
-    else:
-        base_B = torch.arange(B, device=device) * longest
-        if layout == "left":
-            base_B = base_B + longest - length_B
-        slots, shape = B * longest, (B, longest)
-
-    text_at = (valid_BL & ~placeholder_mask).reshape(-1).nonzero().squeeze(1)
-    text_to = (base_B[:, None] + first_BL).reshape(-1)[text_at]
-    audio_first_P = (base_B[:, None] + first_BL)[placeholder_mask]
-    audio_to = audio_first_P[audio.segment_ids()] + audio.positions()
-
-    embeds = text_embeds.new_zeros(slots, D)
-    embeds = embeds.index_copy(0, text_to, text_embeds.reshape(B * L, D).index_select(0, text_at))
-    embeds = embeds.index_copy(0, audio_to, audio.data.to(text_embeds.dtype))
-
-    within = torch.arange(total, device=device)
-    prompt = torch.repeat_interleave(torch.arange(B, device=device), length_B, output_size=total)
-    within = within - start_B[prompt]
-    row_to = base_B[prompt] + within
-    position_ids = within.new_zeros(slots).index_copy_(0, row_to, within).view(shape)
-    mask = None
-    if layout != "packed":
-        dtype = torch.int64 if attention_mask is None else attention_mask.dtype
-        mask = torch.zeros(slots, dtype=dtype, device=device).index_fill_(0, row_to, 1).view(shape)
-    new_labels = None
-    if labels is not None:
-        new_labels = labels.new_full((slots,), IGNORE)
-        new_labels = new_labels.index_copy_(0, text_to, labels.reshape(-1)[text_at]).view(shape)
-    cu_seqlens = F.pad(length_B.cumsum(0), (1, 0)).to(torch.int32)
-    return Spliced(embeds.view(*shape, D), mask, position_ids, new_labels, cu_seqlens)
+    _check(text_embeds, audio, placeholder_mask, attention_mask, labels, layout, max_length)
+    embeds, mask, position_ids, new_labels, cu_seqlens, lengths, *_ = _splice(
+        text_embeds, audio.data, audio.cu_seqlens, placeholder_mask, attention_mask, labels, layout, max_length
+    )
+    mask = None if layout == "packed" else mask
+    return Spliced(embeds, mask, position_ids, None if labels is None else new_labels, cu_seqlens, lengths)
 
 
-def _check(text_embeds, audio, placeholder_mask, attention_mask, labels, layout) -> tuple[int, int, int]:
-    if layout not in ("right", "left", "packed"):
+def _check(text_embeds, audio, placeholder_mask, attention_mask, labels, layout, max_length) -> None:
+    refuse_dtensor("splice", text_embeds=text_embeds, audio=audio.data)
+    if layout not in _LAYOUTS:
         raise ValueError(f"layout must be 'right', 'left' or 'packed', got {layout!r}")
     if text_embeds.dim() != 3:
         raise ValueError(f"text_embeds must be (B, L, D), got {tuple(text_embeds.shape)}")
@@ -107,21 +78,139 @@ def _check(text_embeds, audio, placeholder_mask, attention_mask, labels, layout)
     for name, x in (("placeholder_mask", placeholder_mask), ("attention_mask", attention_mask), ("labels", labels)):
         if x is not None and x.shape != (B, L):
             raise ValueError(f"{name} must be ({B}, {L}), got {tuple(x.shape)}")
+        if x is not None and x.device != text_embeds.device:
+            raise ValueError(f"{name} must be on text_embeds' device {text_embeds.device}, got {x.device}")
     if audio.data.dim() != 2 or audio.data.shape[1] != D:
         raise ValueError(f"audio.data must be (rows, {D}), got {tuple(audio.data.shape)}")
-    return B, L, D
+    if audio.data.device != text_embeds.device:
+        raise ValueError(f"audio must be on text_embeds' device {text_embeds.device}, got {audio.data.device}")
+    for name, x in (("text_embeds", text_embeds), ("audio.data", audio.data)):
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if max_length is not None and max_length < 0:
+        raise ValueError(f"max_length must not be negative, got {max_length}")
 
 
-def _check_counts(placeholders: list[int], outside: list[int], segments: int) -> None:
+def _check_values(report: list[list[int]], segments: int, needed: int, max_length: int | None) -> None:
+    """Raises ValueError for what only the values show; report is plan_splice's."""
+    _, placeholders, outside = report
     for b, wrong in enumerate(outside):
         if wrong:
             raise ValueError(f"placeholder_mask marks a position of row {b} that attention_mask calls padding")
-    if sum(placeholders) == segments:
-        return
-    where = ""
-    if segments == len(placeholders):  # one segment a prompt is what was meant: the odd rows can be named
-        odd = [f"row {b} has {n}" for b, n in enumerate(placeholders) if n != 1]
-        where = f"; with one segment per prompt, {', '.join(odd[:8])}"
-    raise ValueError(
-        f"placeholder_mask holds {sum(placeholders)} placeholders, but audio holds {segments} segments{where}"
+    if sum(placeholders) != segments:
+        rows = list(enumerate(placeholders))
+        where = ""
+        if segments == len(rows):  # one segment a prompt is what was meant: the odd rows can be named
+            where, rows = "with one segment per prompt, ", [(b, n) for b, n in rows if n != 1]
+        where += ", ".join(f"row {b} has {n}" for b, n in rows[:8])
+        raise ValueError(
+            f"placeholder_mask holds {sum(placeholders)} placeholders, but audio holds {segments} segments; {where}"
+        )
+    if max_length is not None and needed > max_length:
+        raise ValueError(f"max_length is {max_length}, but {needed} positions are needed")
+
+
+@torch.library.custom_op("soundwave_fast::splice", mutates_args=())
+def _splice(
+    text_embeds: Tensor,
+    audio: Tensor,
+    audio_cu_seqlens: Tensor,
+    placeholder_mask: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    layout: str,
+    max_length: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Spliced's fields in order (mask and labels empty where it has none), then ends, segment and home of the plan."""
+    ops = implementation("splice", text_embeds)
+    ends, segment, home, report = ops.plan_splice(placeholder_mask, attention_mask, audio_cu_seqlens)
+    length = max_length
+    if length is None or report.device.type == "cpu":
+        host = report.tolist()  # the one copy to the host: it sizes the output, and carries the checks
+        needed = sum(host[0]) if layout == "packed" else max(host[0], default=0)
+        _check_values(host, audio_cu_seqlens.numel() - 1, needed, max_length)
+        length = needed if length is None else length
+    mask_dtype = None if layout == "packed" else torch.int64 if attention_mask is None else attention_mask.dtype
+    lengths = report[0]
+    embeds, mask, position_ids, new_labels, cu_seqlens = ops.splice_rows(
+        text_embeds, audio, audio_cu_seqlens, ends, segment, home, lengths, labels, mask_dtype, layout, length
     )
+    mask = position_ids.new_empty(0) if mask is None else mask
+    new_labels = position_ids.new_empty(0) if new_labels is None else new_labels
+    return embeds, mask, position_ids, new_labels, cu_seqlens, lengths, ends, segment, home
+
+
+@_splice.register_fake
+def _(text_embeds, audio, audio_cu_seqlens, placeholder_mask, attention_mask, labels, layout, max_length):
+    B, L, D = text_embeds.shape
+    length = torch.library.get_ctx().new_dynamic_size() if max_length is None else max_length
+    rows = 1 if layout == "packed" else B
+    x = text_embeds
+    mask_dtype = torch.int64 if attention_mask is None else attention_mask.dtype
+    return (
+        x.new_empty(rows, length, D),
+        x.new_empty(0, dtype=torch.int64) if layout == "packed" else x.new_empty(B, length, dtype=mask_dtype),
+        x.new_empty(rows, length, dtype=torch.int64),
+        x.new_empty(0, dtype=torch.int64) if labels is None else labels.new_empty(rows, length),
+        x.new_empty(B + 1, dtype=torch.int32),
+        x.new_empty(B, dtype=torch.int32),
+        x.new_empty(B, L, dtype=torch.int32),
+        x.new_empty(B, L, dtype=torch.int32),
+        x.new_empty(audio_cu_seqlens.shape[0] - 1, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("soundwave_fast::splice_text_backward", mutates_args=())
+def _splice_text_backward(
+    grad: Tensor, ends: Tensor, segment: Tensor, lengths: Tensor, cu_seqlens: Tensor, layout: str
+) -> Tensor:
+    return implementation("splice", grad).splice_text_backward(grad, ends, segment, lengths, cu_seqlens, layout)
+
+
+@_splice_text_backward.register_fake
+def _(grad, ends, segment, lengths, cu_seqlens, layout):
+    return grad.new_empty(*ends.shape, grad.shape[2])
+
+
+@torch.library.custom_op("soundwave_fast::splice_audio_backward", mutates_args=())
+def _splice_audio_backward(
+    grad: Tensor,
+    audio_cu_seqlens: Tensor,
+    ends: Tensor,
+    home: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    layout: str,
+    rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return implementation("splice", grad).splice_audio_backward(
+        grad, audio_cu_seqlens, ends, home, lengths, cu_seqlens, layout, rows, dtype
+    )
+
+
+@_splice_audio_backward.register_fake
+def _(grad, audio_cu_seqlens, ends, home, lengths, cu_seqlens, layout, rows, dtype):
+    return grad.new_empty(rows, grad.shape[2], dtype=dtype)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, audio, audio_cu_seqlens, _, _, _, ctx.layout, _ = inputs
+    *_, cu_seqlens, lengths, ends, segment, home = output
+    ctx.save_for_backward(audio_cu_seqlens, ends, segment, home, lengths, cu_seqlens)
+    ctx.rows, ctx.dtype = audio.shape[0], audio.dtype
+
+
+def _backward(ctx, grad, *_):
+    audio_cu_seqlens, ends, segment, home, lengths, cu_seqlens = ctx.saved_tensors
+    text = audio = None
+    if ctx.needs_input_grad[0]:
+        text = _splice_text_backward(grad, ends, segment, lengths, cu_seqlens, ctx.layout)
+    if ctx.needs_input_grad[1]:
+        audio = _splice_audio_backward(
+            grad, audio_cu_seqlens, ends, home, lengths, cu_seqlens, ctx.layout, ctx.rows, ctx.dtype
+        )
+    return text, audio, None, None, None, None, None, None
+
+
+_splice.register_autograd(_backward, setup_context=_save)
