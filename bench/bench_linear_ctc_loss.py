@@ -1,74 +1,150 @@
-"""linear_ctc_loss against Linear + log_softmax + F.ctc_loss: pytest-benchmark rows, time and extra peak memory.
+"""linear_ctc_loss against Linear + log_softmax + F.ctc_loss and against checkpointed chunks: forward and backward.
 
-Run: python -m pytest bench/bench_linear_ctc_loss.py --benchmark-group-by=group --benchmark-columns=min,median,rounds
-
-Groups are frozen / trainable by dtype; each holds an `eager` and an `ours` row of one process, so compare within a
-group. `extra_peak_mib` in extra_info is the growth of resident memory over one forward and backward (Linux only).
+All frames are valid, every target is S long, features require gradients; a trainable head's weight too. V is odd as
+in the vocabularies that users have, which rules out the fastest kernels for eager's logits; "eager, V aligned" pads
+them. On a GPU eager's softmax and the chunks are also compiled.
 """
 
 from __future__ import annotations
 
-import gc
+import functools
 
-import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from bench.harness import Case, Unavailable, device, record, rows
+from soundwave_fast import cost_model
 from soundwave_fast.ops import linear_ctc_loss
 
-B, T, D, V, S = 8, 150, 576, 49153, 20
-ROUNDS = 5
+ON_GPU = device().type == "cuda"
+BASE = {"B": 8, "T": 750, "D": 4096, "V": 128257} if ON_GPU else {"B": 8, "T": 150, "D": 576, "V": 49153}
+NANO_ON_GPU = {"B": 8, "T": 750, "D": 576, "V": 49153}
+S = 100 if ON_GPU else 20
+SWEEP = {"T": (100, 400, 1500), "B": (1, 32)} if ON_GPU else {"T": (50, 400), "V": (4097, 16385)}
+ALIGN = 128
+CHUNK = 8192
 
 
-def _status_mib(field: str) -> float:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+def _inputs(case: Case, where: torch.device, seed: int):
+    B, T, D, V = case.shape.values()
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+    hidden = torch.randn(B, T, D, generator=generator).to(where, dtype).requires_grad_()
+    weight = (torch.randn(V, D, generator=generator) / D**0.5).to(where, dtype)
+    targets = torch.randint(1, V, (B, S), generator=generator).to(where)
+    lengths = torch.full((B,), T, device=where), torch.full((B,), S, device=where)
+    return hidden, weight.requires_grad_(case.variant.startswith("trainable")), targets, *lengths
 
 
-def extra_peak_mib(step) -> float | None:
-    """How far one call of step lifts the resident set above where it stood, or None where Linux does not tell."""
-    gc.collect()
-    try:
-        with open("/proc/self/clear_refs", "w") as peak:
-            peak.write("5")  # resets VmHWM
-    except OSError:
-        return None
-    before = _status_mib("VmRSS")
-    step()
-    return _status_mib("VmHWM") - before
+def _ctc(log_probs, targets, input_lengths, target_lengths):
+    """As the released code calls it: float32 and not cuDNN, which knows neither its blank nor long targets."""
+    with torch.backends.cudnn.flags(enabled=False):
+        return F.ctc_loss(log_probs.transpose(0, 1), targets, input_lengths, target_lengths, zero_infinity=True)
 
 
-def make_step(which: str, dtype: torch.dtype, trainable: bool):
-    """One forward and backward on fixed random features; all frames valid, every target S long."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(B, T, D, generator=generator).to(dtype).requires_grad_()
-    weight = (torch.randn(V, D, generator=generator) / D**0.5).to(dtype).requires_grad_(trainable)
-    targets = torch.randint(1, V, (B, S), generator=generator)
-    input_lengths, target_lengths = torch.full((B,), T), torch.full((B,), S)
-
-    def eager():
-        log_probs = F.linear(hidden, weight).float().log_softmax(-1)  # F.ctc_loss has no half on the CPU
-        return F.ctc_loss(log_probs.transpose(0, 1), targets, input_lengths, target_lengths)
-
-    def ours():
-        return linear_ctc_loss(hidden, weight, targets, input_lengths, target_lengths)
-
-    loss = eager if which == "eager" else ours
-
-    def step():
-        loss().backward()
-        hidden.grad = weight.grad = None
-
-    return step
+def _log_softmax(logits):
+    return logits.float().log_softmax(-1)
 
 
-@pytest.mark.parametrize("which", ["eager", "ours"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("head", ["frozen", "trainable"])
-def test_linear_ctc_loss(benchmark, head, dtype, which):
-    benchmark.group = f"{head} {str(dtype).removeprefix('torch.')}"
-    step = make_step(which, dtype, trainable=head == "trainable")
-    step()
-    benchmark.extra_info["extra_peak_mib"] = extra_peak_mib(step)
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(step, rounds=ROUNDS, warmup_rounds=0)
+def as_released(hidden, weight, *labels):
+    return _ctc(_log_softmax(F.linear(hidden, weight)), *labels)
+
+
+def aligned(hidden, weight, *labels):
+    """Logits of a width that every kernel likes; the padding is cut off before the softmax reads it."""
+    logits = F.linear(hidden, F.pad(weight, (0, 0, 0, -len(weight) % ALIGN)))
+    return _ctc(_log_softmax(logits[..., : len(weight)]), *labels)
+
+
+def compiled(hidden, weight, *labels):
+    return _ctc(_compiled(_log_softmax)(F.linear(hidden, weight)), *labels)
+
+
+def _logsumexp_and_labels(hidden, rows, start, classes):
+    """One chunk: its logsumexp, and the logits of the (B, K) classes that lie in it (0 elsewhere)."""
+    logits = F.linear(hidden, rows).float()
+    local = classes - start
+    inside = (local >= 0) & (local < len(rows))
+    index = local.clamp(0, len(rows) - 1)[:, None].expand(-1, hidden.shape[1], -1)
+    return logits.logsumexp(-1), logits.gather(2, index) * inside[:, None]
+
+
+def chunks(hidden, weight, targets, input_lengths, target_lengths, chunk=_logsumexp_and_labels):
+    """What one would write first: checkpointed vocabulary chunks, and CTC over blank and labels alone."""
+    classes = F.pad(targets, (1, 0))
+    parts = [
+        checkpoint(chunk, hidden, weight[start : start + CHUNK], start, classes, use_reentrant=False)
+        for start in range(0, len(weight), CHUNK)
+    ]
+    log_probs = sum(labels for _, labels in parts) - torch.stack([lse for lse, _ in parts]).logsumexp(0)[..., None]
+    first = (classes[:, :, None] == classes[:, None]).int().argmax(-1)
+    loss = _ctc(log_probs, first[:, 1:], input_lengths, target_lengths)
+    # F.ctc_loss returns exp(log_probs) - occupancy; behind these log_probs the first term does not belong.
+    weights = 1 / (len(targets) * target_lengths[:, None, None])
+    excess = (log_probs.exp() * weights).sum()
+    return loss - (excess - excess.detach())
+
+
+def chunks_compiled(hidden, weight, *labels):
+    return chunks(hidden, weight, *labels, chunk=_compiled(_logsumexp_and_labels))
+
+
+def ours(hidden, weight, *labels):
+    return linear_ctc_loss(hidden, weight, *labels, zero_infinity=True)
+
+
+@functools.cache
+def _compiled(f):
+    if not ON_GPU:
+        raise Unavailable("compiled on a GPU alone")
+    return torch.compile(f)
+
+
+def _provider(loss):
+    def make(case: Case, where: torch.device, seed: int):
+        hidden, weight, *labels = _inputs(case, where, seed)
+
+        def step():
+            value = loss(hidden, weight, *labels)
+            value.backward()
+            results = value, hidden.grad, *([] if weight.grad is None else [weight.grad])
+            hidden.grad = weight.grad = None
+            return results
+
+        return step
+
+    return make
+
+
+PROVIDERS = {
+    "eager as released": _provider(as_released),
+    "eager, V aligned": _provider(aligned),
+    "eager, softmax compiled": _provider(compiled),
+    "checkpointed chunks": _provider(chunks),
+    "checkpointed chunks, compiled": _provider(chunks_compiled),
+    "ours": _provider(ours),
+}
+
+
+def case(variant: str = "frozen head", dtype: str = "bfloat16" if ON_GPU else "float32", **shape: int) -> Case:
+    B, T, D, V = shape.values()
+    cost = cost_model.linear_ctc_loss(B * T, D, V, dtype, variant.startswith("trainable"))
+    sources = ("soundwave_fast/ops/linear_ctc_passes.py", "soundwave_fast/ops/linear_ctc_parts.py")
+    sources += ("soundwave_fast/ops/gemm.py", "soundwave_fast/ops/compact.py")
+    sources += ("soundwave_fast/ops/pure_torch/alpha_beta.py", "csrc_triton/alpha_beta.py")
+    variant = f"{variant} {dtype}"
+    return Case("linear_ctc_loss", variant, shape, PROVIDERS, dtype=dtype, cost=cost, sources=sources)
+
+
+CASES = [
+    case(head, dtype, **shape)
+    for shape in ((BASE, NANO_ON_GPU) if ON_GPU else (BASE,))
+    for head in ("frozen head", "trainable head")
+    for dtype in (("bfloat16",) if ON_GPU else ("float32", "bfloat16"))
+]
+
+
+@rows(CASES)
+def test_linear_ctc_loss(benchmark, request, case, provider):
+    record(benchmark, request, case, provider)

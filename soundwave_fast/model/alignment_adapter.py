@@ -39,9 +39,8 @@ class AlignmentAdapter(nn.Module):
         lengths: Tensor,  # (B,) encoder frames that count
     ) -> tuple[Tensor, Tensor]:  # (B, T25, D), (B,) adapter frames that count
         """Frames past `lengths` are masked out as keys; their own rows are unspecified."""
-        batch, frames, width = frames_BTE.shape
-        frames -= frames % STACK
-        stacked = frames_BTE[:, :frames].reshape(batch, frames // STACK, STACK * width)
+        # unfold, not a slice to an even length: torch.compile would guard on whether the length was odd
+        stacked = frames_BTE.unfold(1, STACK, STACK).transpose(2, 3).flatten(2)
         lengths = lengths // STACK
         x_BTD = self.mm_projector1(stacked)
         if self.over_time:

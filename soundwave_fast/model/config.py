@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from soundwave_fast.ops.attention_backends import BACKENDS
+
 # One row a point where the authors' released code (whose weights need it) and the paper's text differ.
 SEMANTICS: dict[str, dict[str, Any]] = {
     "released": {
@@ -33,6 +35,7 @@ _CHOICES = {
     "peak_select": ("first", "peak"),
     "encoder_pad": ("longest", "30s"),
     "ctc_head": ("tied", "free"),
+    "attention_backend": BACKENDS,
 }
 
 
@@ -52,6 +55,8 @@ class SoundwaveConfig(PreTrainedConfig):
             'free' is a trainable `Linear(hidden, vocabulary)` as released.
         ctc_weight: weight of the CTC loss beside cross-entropy (0.3 in the paper).
         adapter_dropout: dropout of both adapters (0.1 as released).
+        attention_backend: what computes the look-back attention: 'auto', 'triton', 'torch', or an installed peer,
+            'varlen_attn', 'flash_attn' or 'xformers' (see `soundwave_fast.ops.varlen_cross_attention`).
 
     Raises:
         ValueError: an unknown choice for any of the above.
@@ -73,6 +78,7 @@ class SoundwaveConfig(PreTrainedConfig):
         ctc_head: str = "tied",
         ctc_weight: float = 0.3,
         adapter_dropout: float = 0.1,
+        attention_backend: str = "auto",
         **kwargs: Any,
     ) -> None:
         if semantics not in SEMANTICS:
@@ -89,6 +95,7 @@ class SoundwaveConfig(PreTrainedConfig):
         self.ctc_head = ctc_head
         self.ctc_weight = ctc_weight
         self.adapter_dropout = adapter_dropout
+        self.attention_backend = attention_backend
         for key, value in SEMANTICS[semantics].items():
             setattr(self, key, kwargs.pop(key, value))
         for key, choices in _CHOICES.items():

@@ -1,7 +1,7 @@
-"""What the two CTC ops share: argument checks, compact emission columns, and alpha/beta over them in float64.
+"""What the two CTC ops share: argument checks, compact emission columns, reductions.
 
 CTC reads at most S + 1 of the C columns of an utterance's log-probabilities: the blank and its labels. Everything
-here works on that compact (T, B, K) tensor, K = S + 1, where float64 costs nothing.
+between the ops works on that compact (T, B, K) tensor, K = S + 1.
 
 Shape legend: T frames, B utterances, S longest target, K = S + 1 compact columns, C classes.
 """
@@ -21,7 +21,9 @@ Lengths = Tensor | Sequence[int] | int
 class CompactTargets:
     """Targets rewritten over compact columns: column 0 is the blank, column s + 1 is label s of the utterance.
 
-    A label that repeats uses the column of its first occurrence; columns past the target hold the blank again.
+    A label that repeats uses the column of its first occurrence; columns past the target hold the blank again. Every
+    class and column is in range, also where lengths or labels on an accelerator were not: such an utterance has input
+    length 0 and target length -1, which alpha_beta answers with a loss of NaN.
     """
 
     columns_BK: Tensor  # int64 class of every compact column
@@ -29,32 +31,11 @@ class CompactTargets:
     input_lengths_B: Tensor  # int64
     target_lengths_B: Tensor  # int64
 
-    @property
-    def ids_BS(self) -> Tensor:
-        """The targets as compact columns, at least one wide because the native op rejects (B, 0) storage."""
-        return self.first_BK[:, 1:] if self.first_BK.shape[1] > 1 else self.first_BK
-
     def __getitem__(self, rows: slice) -> CompactTargets:
         """The same for a range of utterances."""
         return CompactTargets(
             self.columns_BK[rows], self.first_BK[rows], self.input_lengths_B[rows], self.target_lengths_B[rows]
         )
-
-
-def lengths_on_host(lengths: Lengths, name: str, batch: int, most: int | None) -> list[int]:
-    """Lengths in any of the forms F.ctc_loss takes, as host ints; ValueError / TypeError name the argument."""
-    if isinstance(lengths, Tensor):
-        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-            raise TypeError(f"{name} must hold integers, got {lengths.dtype}")
-        host = lengths.reshape(-1).tolist()
-    else:
-        host = [int(n) for n in (lengths if isinstance(lengths, Sequence) else [lengths])]
-    if len(host) != batch:
-        raise ValueError(f"{name} must hold one length per utterance ({batch}), got {len(host)}")
-    for b, n in enumerate(host):
-        if n < 0 or (most is not None and n > most):
-            raise ValueError(f"{name}[{b}] is {n}, outside 0..{most if most is not None else ''}")
-    return host
 
 
 def compact_targets(
@@ -67,45 +48,176 @@ def compact_targets(
     blank: int,
     device: torch.device,
 ) -> CompactTargets:
-    """Check the arguments of a CTC loss and build its compact columns on `device`.
+    """Check the arguments of a CTC loss and build its compact columns on `device`, without waiting for an accelerator.
+
+    S is the longest target where target_lengths are known to Python; while they are compiled as a tensor it is what
+    the shape of targets allows; where they live on an accelerator that too, cut to frames + 1, which no input fits.
 
     What lies past a target length is never looked at. Raises ValueError for lengths out of range, labels outside
-    [0, classes) or equal to blank, and shapes that disagree; TypeError for targets that are not int32 / int64.
+    [0, classes) or equal to blank, and shapes that disagree; TypeError for targets that are not int32 / int64. Values
+    that live on an accelerator are not checked, see CompactTargets.
     """
     if targets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"targets must be int32 or int64, got {targets.dtype}")
-    input_host = lengths_on_host(input_lengths, "input_lengths", batch, frames)
-    most = targets.shape[1] if targets.dim() == 2 else None
-    target_host = lengths_on_host(target_lengths, "target_lengths", batch, most)
-    targets = targets.to(device=device, dtype=torch.int64)
-    target_lengths_B = torch.tensor(target_host, dtype=torch.int64, device=device)
-    S = max(target_host, default=0)
-    slots = torch.arange(S, device=device)
-    real_BS = slots < target_lengths_B[:, None]
-    if targets.dim() == 2:
-        if targets.shape[0] != batch:
-            raise ValueError(f"targets must have {batch} rows, got {tuple(targets.shape)}")
-        labels_BS = targets[:, :S]
-    elif targets.dim() == 1:
-        if targets.numel() != sum(target_host):
-            raise ValueError(
-                f"concatenated targets hold {targets.numel()} labels, but target_lengths add up to {sum(target_host)}"
-            )
-        labels_BS = targets.new_full((batch, S), blank).masked_scatter(real_BS, targets)
-    else:
+    if targets.dim() not in (1, 2):
         raise ValueError(f"targets must be 1-D or 2-D, got {tuple(targets.shape)}")
-    labels_BS = labels_BS.masked_fill(~real_BS, blank)
-    if targets.device.type == "cpu":  # on an accelerator this would be a host sync
-        wrong_BS = real_BS & ((labels_BS < 0) | (labels_BS >= classes) | (labels_BS == blank))
-        if wrong_BS.any():
-            b, s = wrong_BS.nonzero()[0].tolist()
+    if targets.dim() == 2 and targets.shape[0] != batch:
+        raise ValueError(f"targets must have {batch} rows, got {tuple(targets.shape)}")
+    compiling = torch.compiler.is_compiling()
+    input_lengths = _checked_lengths(input_lengths, "input_lengths", batch)
+    target_lengths = _checked_lengths(target_lengths, "target_lengths", batch)
+    if device.type == "cpu":
+        targets, input_lengths, target_lengths = (
+            x.cpu() if isinstance(x, Tensor) else x for x in (targets, input_lengths, target_lengths)
+        )
+    if isinstance(target_lengths, Tensor) and (compiling or not target_lengths.is_cpu):
+        longest = targets.shape[-1] if target_lengths.is_cpu else min(targets.shape[-1], frames + 1)
+    else:
+        host = target_lengths.tolist() if isinstance(target_lengths, Tensor) else target_lengths
+        longest = max(0, max(host)) if batch else 0
+    sizes = longest, frames, classes, blank, device
+    if not compiling:
+        return CompactTargets(*_compact(targets, input_lengths, target_lengths, *sizes))
+    lengths = (
+        x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.int64) for x in (input_lengths, target_lengths)
+    )
+    return CompactTargets(*torch.ops.soundwave_fast.compact_targets(targets, *lengths, *sizes))
+
+
+def lengths_on_host(lengths: Lengths, name: str, batch: int, most: int | None) -> list[int]:
+    """Lengths in any of the forms F.ctc_loss takes, as host ints; ValueError / TypeError name the argument."""
+    lengths = _checked_lengths(lengths, name, batch)
+    host = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+    for b, n in enumerate(host):
+        if n < 0 or (most is not None and n > most):
+            raise ValueError(f"{name}[{b}] is {n}, outside 0..{most if most is not None else ''}")
+    return host
+
+
+def _checked_lengths(lengths: Lengths, name: str, batch: int) -> Tensor | list[int]:
+    """A (B,) tensor of integers, wherever it lies, or a list; their values are not looked at."""
+    if not isinstance(lengths, Tensor):
+        lengths = list(lengths) if isinstance(lengths, Sequence) else [lengths]
+        if not torch.compiler.is_compiling():  # where int() would bake a symbolic length into the graph
+            lengths = [int(n) for n in lengths]
+        count = len(lengths)
+    else:
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise TypeError(f"{name} must hold integers, got {lengths.dtype}")
+        lengths, count = lengths.reshape(-1), lengths.numel()
+    if count != batch:
+        raise ValueError(f"{name} must hold one length per utterance ({batch}), got {count}")
+    return lengths
+
+
+def _to(x: Tensor, device: torch.device) -> Tensor:
+    """x on device. A copy to an accelerator is not waited for; its host memory is read before the call returns."""
+    return x.to(device, non_blocking=device.type != "cpu")
+
+
+@torch.library.custom_op("soundwave_fast::compact_targets", mutates_args=())
+def _compact_op(
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    longest: int,
+    frames: int,
+    classes: int,
+    blank: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _compact(targets, input_lengths, target_lengths, longest, frames, classes, blank, device)
+
+
+@_compact_op.register_fake
+def _(targets, input_lengths, target_lengths, longest, frames, classes, blank, device):
+    columns_BK = targets.new_empty((input_lengths.shape[0], longest + 1), dtype=torch.int64, device=device)
+    lengths_B = targets.new_empty(input_lengths.shape, dtype=torch.int64, device=device)
+    return columns_BK, torch.empty_like(columns_BK), lengths_B, torch.empty_like(lengths_B)
+
+
+def _compact(
+    targets: Tensor,
+    input_lengths: Tensor | list[int],
+    target_lengths: Tensor | list[int],
+    longest: int,  # S: longer targets are cut
+    frames: int,
+    classes: int,
+    blank: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """CompactTargets' four tensors on device, with what lies on the host checked."""
+    width, batch = targets.shape[-1], len(input_lengths)
+    if _on_host(input_lengths):
+        input_lengths = lengths_on_host(input_lengths, "input_lengths", batch, frames)
+    if _on_host(target_lengths):
+        target_lengths = lengths_on_host(target_lengths, "target_lengths", batch, width)
+        if targets.dim() == 1 and sum(target_lengths) != width:
             raise ValueError(
-                f"targets[{b}, {s}] is {int(labels_BS[b, s])}: a label must lie in [0, {classes}) and not be "
-                f"blank ({blank})"
+                f"concatenated targets hold {width} labels, but target_lengths add up to {sum(target_lengths)}"
             )
+    lengths = (
+        _to(x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.int64), device).to(torch.int64, copy=True)
+        for x in (input_lengths, target_lengths)
+    )
+    if targets.is_cpu and not isinstance(input_lengths, Tensor) and not isinstance(target_lengths, Tensor):
+        rows = _compact_rows(targets, target_lengths, longest, classes, blank)
+        return *(_to(x, device) for x in rows), *lengths
+    return _mark(_to(targets, device), *lengths, longest, frames, classes, blank)
+
+
+def _on_host(lengths: Tensor | list[int]) -> bool:
+    return not isinstance(lengths, Tensor) or lengths.is_cpu
+
+
+def _compact_rows(targets: Tensor, lengths: list[int], longest: int, classes: int, blank: int) -> tuple[Tensor, Tensor]:
+    """columns (B, K) and first (B, K) in Python: for some thousand labels that beats as many small tensor ops."""
+    host, start = targets.tolist(), 0
+    columns, first = [], []
+    for b, n in enumerate(lengths):
+        row = host[b][:n] if targets.dim() == 2 else host[start : start + n]
+        start += n
+        if row and (min(row) < 0 or max(row) >= classes or blank in row):
+            s, label = next((s, c) for s, c in enumerate(row) if not 0 <= c < classes or c == blank)
+            raise ValueError(
+                f"targets of utterance {b}: label {s} is {label}, not in [0, {classes}) or equal to blank ({blank})"
+            )
+        seen, rest = {blank: 0}, longest - n
+        columns.append([blank, *row] + [blank] * rest)
+        first.append([0] + [seen.setdefault(c, k) for k, c in enumerate(row, 1)] + [0] * rest)
+    shape = (len(lengths), longest + 1)
+    return torch.tensor(columns, dtype=torch.int64).view(shape), torch.tensor(first, dtype=torch.int64).view(shape)
+
+
+def _mark(
+    targets: Tensor,
+    input_lengths_B: Tensor,
+    target_lengths_B: Tensor,
+    longest: int,
+    frames: int,
+    classes: int,
+    blank: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """_compact where no value may be looked at: utterances with one out of range are marked instead."""
+    width = targets.shape[-1]
+    slots_S = torch.arange(longest, device=targets.device)
+    real_BS = slots_S < target_lengths_B[:, None]
+    if targets.dim() == 2:
+        labels_BS = targets[:, :longest].to(torch.int64)
+    else:
+        starts_B = target_lengths_B.cumsum(0) - target_lengths_B
+        flat = targets if width else targets.new_full((1,), blank)
+        labels_BS = flat[(starts_B[:, None] + slots_S).clamp(0, max(width - 1, 0))].to(torch.int64)
+    wrong_BS = real_BS & ((labels_BS < 0) | (labels_BS >= classes) | (labels_BS == blank))
+    bad_B = wrong_BS.any(1) | (input_lengths_B < 0) | (input_lengths_B > frames)
+    bad_B |= (target_lengths_B < 0) | (target_lengths_B > width)
+    if targets.dim() == 1:
+        bad_B |= target_lengths_B.sum() != width
+    labels_BS = torch.where(real_BS & ~wrong_BS, labels_BS, blank)
     columns_BK = torch.nn.functional.pad(labels_BS, (1, 0), value=blank)
-    input_lengths_B = torch.tensor(input_host, dtype=torch.int64, device=device)
-    return CompactTargets(columns_BK, _first_occurrence(columns_BK), input_lengths_B, target_lengths_B)
+    input_lengths_B = input_lengths_B.masked_fill(bad_B, 0)
+    target_lengths_B = target_lengths_B.masked_fill(bad_B, -1).clamp(max=longest)
+    return columns_BK, _first_occurrence(columns_BK), input_lengths_B, target_lengths_B
 
 
 def _first_occurrence(x_BK: Tensor) -> Tensor:
@@ -115,40 +227,7 @@ def _first_occurrence(x_BK: Tensor) -> Tensor:
     new_BK = torch.ones_like(sorted_BK, dtype=torch.bool)
     new_BK[:, 1:] = sorted_BK[:, 1:] != sorted_BK[:, :-1]
     run_BK = torch.where(new_BK, slots, 0).cummax(dim=1).values
-    return torch.empty_like(order_BK).scatter_(1, order_BK, order_BK.gather(1, run_BK))
-
-
-def alpha_beta(
-    log_probs_TBK: Tensor,  # float64, compact emissions; frames past an input length may hold anything
-    targets: CompactTargets,
-    need_occupancy: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Negative log-likelihood (B,) and occupancy gamma (T, B, K), both float64.
-
-    gamma_t(k) is the posterior probability that frame t emits column k (Graves 2006, eq. 14); it is 0 in columns that
-    repeat an earlier one, past the input length, and everywhere in an utterance whose loss is inf. The native op
-    returns exp(lp) - gamma as its gradient, so gamma = exp(lp) - gradient; frames are first shifted to a maximum of
-    0 (gamma does not change) so that exp stays in [0, 1] whatever the input's scale.
-    """
-    T, B, K = log_probs_TBK.shape
-    if B == 0 or T == 0:  # the native op rejects both
-        feasible_B = targets.target_lengths_B == 0
-        nll_B = torch.where(feasible_B, 0.0, torch.inf).to(log_probs_TBK.dtype)
-        return nll_B, log_probs_TBK.new_zeros(T, B, K) if need_occupancy else None
-    dead_TB = torch.arange(T, device=log_probs_TBK.device)[:, None] >= targets.input_lengths_B
-    lp_TBK = log_probs_TBK.masked_fill(dead_TB[..., None], 0.0)
-    top_TB = lp_TBK.amax(2)
-    top_TB = torch.where(top_TB.isfinite(), top_TB, 0.0)
-    lp_TBK = lp_TBK - top_TB[..., None]
-    arguments = (targets.ids_BS, targets.input_lengths_B, targets.target_lengths_B)
-    nll_B, alpha = torch._ctc_loss(lp_TBK, *arguments, 0, False)
-    gamma_TBK = None
-    if need_occupancy:
-        grad_TBK = torch.ops.aten._ctc_loss_backward(torch.ones_like(nll_B), lp_TBK, *arguments, nll_B, alpha, 0, False)
-        gamma_TBK = lp_TBK.exp().sub_(grad_TBK)
-        never_TBK = dead_TB[..., None] | (nll_B == torch.inf)[:, None] | (lp_TBK == -torch.inf)
-        gamma_TBK = gamma_TBK.masked_fill_(never_TBK, 0.0).clamp_(0.0, 1.0)
-    return nll_B - top_TB.sum(0), gamma_TBK
+    return order_BK.gather(1, run_BK).gather(1, order_BK.argsort(dim=1))
 
 
 def reduce_loss(nll_B: Tensor, target_lengths_B: Tensor, reduction: str) -> Tensor:
@@ -157,7 +236,7 @@ def reduce_loss(nll_B: Tensor, target_lengths_B: Tensor, reduction: str) -> Tens
         return nll_B
     if reduction == "sum":
         return nll_B.sum()
-    return (nll_B * mean_weights(target_lengths_B, nll_B.dtype)).sum()
+    return (nll_B / (target_lengths_B.clamp(min=1) * max(nll_B.shape[0], 1))).sum()
 
 
 def mean_weights(target_lengths_B: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,24 +1,17 @@
 """linear_ctc_loss: CTC on softmax(hidden @ weight.T) that never holds the (B, T, V) logits.
 
-Shape legend: B utterances, T frames, D width, V vocabulary, S longest target, N valid frames of the batch.
+Shape legend: B utterances, T frames, D width, V vocabulary, S longest target.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from soundwave_fast.ops.compact import (
-    CompactTargets,
-    Lengths,
-    check_reduction,
-    compact_targets,
-    mean_weights,
-    reduce_loss,
-)
+from soundwave_fast.ops.backend import implementation, refuse_dtensor
+from soundwave_fast.ops.compact import Lengths, check_reduction, compact_targets, mean_weights, reduce_loss
 from soundwave_fast.ops.linear_ctc_parts import Frames, Head
-from soundwave_fast.ops.linear_ctc_passes import add_compact_rows, utterance_pass, vocabulary_pass
+from soundwave_fast.ops.linear_ctc_passes import frozen_pass, trained_pass
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -39,7 +32,8 @@ def linear_ctc_loss(
     """`ctc_loss(log_softmax(hidden @ weight.T))` in chunks, as one op (Soundwave, stage 1's loss, section 2.2).
 
     hidden and weight share one of float32, float64, bfloat16, float16; under torch.autocast both are cast to its
-    dtype. GEMMs run in that dtype, the softmax in float32 or better, alpha/beta in float64.
+    dtype. GEMMs run in that dtype, the softmax in float32 or better, alpha/beta in float32 with float64 offsets or
+    in float64.
 
     With blank_row the blank is class V, scored by that row: `weight` may be a frozen LLM embedding and is neither
     copied nor given a gradient, while blank_row trains. blank must then be V.
@@ -50,15 +44,17 @@ def linear_ctc_loss(
     Returns the loss, float32 (float64 for float64 input), () or (B,) for "none"; with return_argmax also the best
     class of every frame, (B, T) int64, the lowest among equals and `blank` past the input length.
 
-    Frames past an input length are never read and get a gradient of exactly 0. A target that does not fit its
-    input gives inf (0 with zero_infinity) and no gradient. Targets past target_lengths are never read.
+    What stands in frames past an input length has no influence, and their gradient is exactly 0; input_lengths on
+    the host (a list, a CPU tensor) also save the work on them. A target that does not fit its input gives inf (0 with
+    zero_infinity) and no gradient. Targets past target_lengths are never read. Nothing waits for an accelerator.
 
     Raises ValueError for shapes that disagree, lengths out of range and labels outside [0, V) or equal to blank;
-    TypeError for dtypes.
+    TypeError for dtypes, and for a DTensor. On an accelerator values are not looked at: a wrong length or label makes
+    the loss of its utterance NaN, and its gradient 0.
     """
+    refuse_dtensor("linear_ctc_loss", hidden=hidden, weight=weight, blank_row=blank_row)
     check_reduction(reduction)
     _check_tensors(hidden, weight, blank_row)
-    B, T, _ = hidden.shape
     V = weight.shape[0]
     if blank_row is not None and blank != V:
         raise ValueError(f"blank must be {V}, the class behind weight's rows, when blank_row is given; got {blank}")
@@ -73,22 +69,23 @@ def linear_ctc_loss(
         )
     if blank_row is not None:
         blank_row = blank_row.to(hidden.dtype)  # one row: a trainable float32 blank beside a bf16 embedding is fine
-    compact = compact_targets(targets, input_lengths, target_lengths, B, T, V, blank, device)
     grad = torch.is_grad_enabled()
-    if grad and weight.requires_grad:
-        scale_B = None
-        if reduction != "none":
-            scale_B = mean_weights(compact.target_lengths_B, torch.float64)
-            scale_B = scale_B if reduction == "mean" else torch.ones_like(scale_B)
-        loss, argmax = _TrainableHead.apply(
-            hidden, weight, blank_row, compact, scale_B, zero_infinity, return_argmax, blank
-        )
+    need_hidden = grad and hidden.requires_grad
+    need_blank = grad and blank_row is not None and blank_row.requires_grad
+    lengths = [
+        x if isinstance(x, Tensor) else torch.tensor([x] if isinstance(x, int) else list(x), dtype=torch.int64)
+        for x in (input_lengths, target_lengths)
+    ]
+    arguments = (hidden, weight, blank_row, targets, *lengths, blank)
+    if grad and weight.requires_grad and reduction != "none":
+        loss, argmax, *_ = _reduced(*arguments, need_hidden, return_argmax, reduction == "mean", zero_infinity)
     else:
-        needs = (grad and hidden.requires_grad, grad and blank_row is not None and blank_row.requires_grad)
-        nll_B, argmax = _FrozenHead.apply(
-            hidden, weight, blank_row, compact, needs, zero_infinity, return_argmax, blank
-        )
-        loss = reduce_loss(nll_B, compact.target_lengths_B, reduction)
+        # Gradients per utterance of a trainable weight would be B weights: backward makes them once it knows the sum.
+        deferred = grad and weight.requires_grad
+        nll_B, argmax, *_ = _nll(*arguments, need_hidden and not deferred, need_blank and not deferred, return_argmax)
+        if zero_infinity:
+            nll_B = nll_B.masked_fill(nll_B == torch.inf, 0.0)
+        loss = reduce_loss(nll_B, lengths[1].reshape(-1).to(device, non_blocking=True), reduction)
     return (loss, argmax) if return_argmax else loss
 
 
@@ -109,120 +106,239 @@ def _check_tensors(hidden: Tensor, weight: Tensor, blank_row: Tensor | None) -> 
         raise ValueError(f"blank_row must be ({D},), got {tuple(blank_row.shape)}")
 
 
-class _ValidFrames:
-    """The rows of hidden (B, T, D) within the input lengths, and the way back."""
-
-    def __init__(self, hidden: Tensor, compact: CompactTargets):
-        self.shape = hidden.shape
-        B, T, D = hidden.shape
-        lengths = compact.input_lengths_B.tolist()
-        starts = [0]
-        for n in lengths:
-            starts.append(starts[-1] + n)
-        x_ND, self.index_N = hidden.detach().reshape(B * T, D), None
-        if starts[-1] != B * T:
-            valid_BT = torch.arange(T, device=hidden.device) < compact.input_lengths_B[:, None]
-            self.index_N = valid_BT.reshape(-1).nonzero().squeeze(1)
-            x_ND = x_ND.index_select(0, self.index_N)
-        self.frames = Frames(x_ND, starts, compact)
-
-    def put_back(self, rows: Tensor, fill: float) -> Tensor:
-        """(N, ...) -> (B, T, ...), `fill` elsewhere."""
-        B, T, _ = self.shape
-        if self.index_N is not None:
-            rows = rows.new_full((B * T, *rows.shape[1:]), fill).index_copy_(0, self.index_N, rows)
-        return rows.view(B, T, *rows.shape[1:])
+# Custom ops return a tensor of no elements in the place of what was not asked for.
 
 
-def _finish_nll(nll_B: Tensor, hidden: Tensor, zero_infinity: bool) -> Tensor:
+def _frames(
+    hidden: Tensor,
+    weight: Tensor,
+    blank_row: Tensor | None,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+) -> tuple[Frames, Head]:
+    B, T, _ = hidden.shape
+    compact = compact_targets(targets, input_lengths, target_lengths, B, T, weight.shape[0], blank, hidden.device)
+    head = Head(weight.detach(), None if blank_row is None else blank_row.detach(), blank)
+    return Frames.of(hidden, compact, input_lengths), head
+
+
+def _loss_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Gradients wait for backward's factor in their own dtype; those of float16 not, as they may be below its range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _outputs(frames: Frames, blank: int, argmax_N: Tensor | None, dx_ND: Tensor | None, dtype: torch.dtype):
+    """argmax (B, T) and d/dhidden (B, T, D) from those of the rows."""
+    argmax_BT = dx_BTD = None
+    if argmax_N is not None:
+        argmax_N = argmax_N if frames.valid_N is None else argmax_N.masked_fill_(~frames.valid_N, blank)
+        argmax_BT = frames.put_back(argmax_N, blank)
+    if dx_ND is not None:
+        dx_BTD = frames.put_back(dx_ND.to(_kept_dtype(dtype)), 0.0)
+    return (
+        frames.x_ND.new_empty(0, dtype=torch.int64) if argmax_BT is None else argmax_BT,
+        frames.x_ND.new_empty(0, dtype=_kept_dtype(dtype)) if dx_BTD is None else dx_BTD,
+    )
+
+
+@torch.library.custom_op("soundwave_fast::linear_ctc_nll", mutates_args=())
+def _nll(
+    hidden: Tensor,
+    weight: Tensor,
+    blank_row: Tensor | None,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    need_hidden: bool,
+    need_blank: bool,
+    need_argmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll (B,), argmax (B, T), and d nll_b / d hidden_b (B, T, D), d nll_b / d blank_row (B, D)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        frames, head = _frames(hidden, weight, blank_row, targets, input_lengths, target_lengths, blank)
+        nll_B, argmax_N, dx_ND, dblank_BD = frozen_pass(frames, head, need_hidden, need_blank, need_argmax)
+        argmax, dx = _outputs(frames, blank, argmax_N, dx_ND, hidden.dtype)
+    dtype = _loss_dtype(hidden)
+    return nll_B.to(dtype), argmax, dx, hidden.new_empty(0, dtype=dtype) if dblank_BD is None else dblank_BD
+
+
+@_nll.register_fake
+def _(hidden, weight, blank_row, targets, input_lengths, target_lengths, blank, need_hidden, need_blank, need_argmax):
+    B, T, D = hidden.shape
+    dtype = _loss_dtype(hidden)
+    return (
+        hidden.new_empty(B, dtype=dtype),
+        hidden.new_empty((B, T) if need_argmax else 0, dtype=torch.int64),
+        hidden.new_empty((B, T, D) if need_hidden else 0, dtype=_kept_dtype(hidden.dtype)),
+        hidden.new_empty((B, D) if need_blank else 0, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("soundwave_fast::linear_ctc_nll_backward", mutates_args=())
+def _nll_backward(
+    grad_B: Tensor,
+    nll_B: Tensor,
+    dx_BTD: Tensor,
+    dblank_BD: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and blank_row in `dtype`; an utterance whose loss is not finite adds nothing."""
+    grad_B = grad_B.masked_fill(~nll_B.isfinite(), 0.0)
+    scale_rows = implementation("linear_ctc_loss", dx_BTD).scale_rows
+    grad_hidden, grad_blank = dx_BTD.new_empty(0, dtype=dtype), dx_BTD.new_empty(0, dtype=dtype)
+    if dx_BTD.dim() == 3:
+        grad_hidden = scale_rows(dx_BTD.flatten(1), grad_B, None, dtype).view(dx_BTD.shape)
+    if dblank_BD.dim() == 2:
+        grad_blank = scale_rows(dblank_BD, grad_B, None, dblank_BD.dtype).sum(0).to(dtype)
+    return grad_hidden, grad_blank
+
+
+@_nll_backward.register_fake
+def _(grad_B, nll_B, dx_BTD, dblank_BD, dtype):
+    return torch.empty_like(dx_BTD, dtype=dtype), dblank_BD.new_empty(dblank_BD.shape[1:] or 0, dtype=dtype)
+
+
+@torch.library.custom_op("soundwave_fast::linear_ctc_nll_gradients", mutates_args=())
+def _nll_gradients(
+    grad_B: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    blank_row: Tensor | None,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    need_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of sum_b grad_b nll_b: of hidden (B, T, D), weight (V, D) and blank_row (D,), in their dtypes."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        frames, head = _frames(hidden, weight, blank_row, targets, input_lengths, target_lengths, blank)
+        _, _, dx_ND, dw_VD, dblank_D = trained_pass(frames, head, grad_B, need_hidden, False)
+        _, dx = _outputs(frames, blank, None, dx_ND, hidden.dtype)
+    grad_blank = hidden.new_empty(0) if blank_row is None else dblank_D.to(hidden.dtype)
+    return dx.to(hidden.dtype), dw_VD.to(weight.dtype), grad_blank
+
+
+@_nll_gradients.register_fake
+def _(grad_B, hidden, weight, blank_row, targets, input_lengths, target_lengths, blank, need_hidden):
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape),
+        hidden.new_empty(0 if blank_row is None else hidden.shape[2]),
+    )
+
+
+@torch.library.custom_op("soundwave_fast::linear_ctc_reduced", mutates_args=())
+def _reduced(
+    hidden: Tensor,
+    weight: Tensor,
+    blank_row: Tensor | None,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    need_hidden: bool,
+    need_argmax: bool,
+    mean: bool,
+    zero_infinity: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss (), argmax (B, T), and the loss's gradients of hidden (B, T, D), weight (V, D) and blank_row (D,)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        frames, head = _frames(hidden, weight, blank_row, targets, input_lengths, target_lengths, blank)
+        scale_B = mean_weights(frames.compact.target_lengths_B, torch.float64)
+        scale_B = scale_B if mean else torch.ones_like(scale_B)
+        nll_B, argmax_N, dx_ND, dw_VD, dblank_D = trained_pass(frames, head, scale_B, need_hidden, need_argmax)
+        argmax, dx = _outputs(frames, blank, argmax_N, dx_ND, hidden.dtype)
     if zero_infinity:
         nll_B = nll_B.masked_fill(nll_B == torch.inf, 0.0)
-    return nll_B.to(torch.promote_types(hidden.dtype, torch.float32))
+    loss = (nll_B * scale_B).sum().to(_loss_dtype(hidden))
+    dblank = hidden.new_empty(0, dtype=loss.dtype) if blank_row is None else dblank_D
+    return loss, argmax, dx, dw_VD.to(_kept_dtype(weight.dtype)), dblank
 
 
-class _FrozenHead(torch.autograd.Function):
-    """Forward computes d/dhidden up to g_b, so backward scales rows; weight never gets a gradient."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, blank_row, compact, needs, zero_infinity, return_argmax, blank):
-        need_hidden, need_blank = needs
-        valid = _ValidFrames(hidden, compact)
-        frames, head = valid.frames, Head(weight.detach(), blank_row)
-        with torch.autocast(hidden.device.type, enabled=False):
-            softmax, dx_ND = vocabulary_pass(frames, head, need_hidden, return_argmax)
-            nll_B, residual_NK = frames.alpha_beta(softmax.picked_NK, softmax.lse(), any(needs))
-            if need_hidden:
-                add_compact_rows(dx_ND, residual_NK, frames, head)
-        ctx.dx_ND, ctx.valid, ctx.infinite_B = dx_ND, valid, nll_B == torch.inf
-        ctx.blank_residual_N = residual_NK[:, 0].clone() if need_blank else None
-        if not need_blank:
-            valid.frames = None  # the features themselves are not needed again
-        argmax = valid.put_back(softmax.argmax_N, blank) if return_argmax else None
-        if return_argmax:
-            ctx.mark_non_differentiable(argmax)
-        ctx.lengths_B, ctx.hidden_dtype = compact.input_lengths_B, hidden.dtype
-        return _finish_nll(nll_B, hidden, zero_infinity), argmax
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_B, _):
-        grad_N = torch.repeat_interleave(grad_B.masked_fill(ctx.infinite_B, 0.0), ctx.lengths_B)
-        grad_hidden = grad_blank = None
-        with torch.autocast(grad_B.device.type, enabled=False):
-            if ctx.dx_ND is not None:
-                grad_hidden = ctx.valid.put_back((ctx.dx_ND * grad_N[:, None]).to(ctx.hidden_dtype), 0.0)
-            if ctx.blank_residual_N is not None:
-                x_ND = ctx.valid.frames.x_ND.to(grad_N.dtype)
-                grad_blank = (x_ND.t() @ (ctx.blank_residual_N * grad_N)).to(ctx.hidden_dtype)
-        return grad_hidden, None, grad_blank, None, None, None, None, None
+@_reduced.register_fake
+def _(
+    hidden, weight, blank_row, targets, input_lengths, target_lengths, blank, need_hidden, need_argmax, mean,
+    zero_infinity,
+):  # fmt: skip
+    B, T, D = hidden.shape
+    dtype = _loss_dtype(hidden)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty((B, T) if need_argmax else 0, dtype=torch.int64),
+        hidden.new_empty((B, T, D) if need_hidden else 0, dtype=_kept_dtype(hidden.dtype)),
+        weight.new_empty(weight.shape, dtype=_kept_dtype(weight.dtype)),
+        hidden.new_empty(0 if blank_row is None else D, dtype=dtype),
+    )
 
 
-class _TrainableHead(torch.autograd.Function):
-    """With scale_B (B,), the scalar sum of scale_b nll_b, its gradients made in forward; without, nll (B,).
-
-    The gradients made in forward are handed over once; a second backward, or "none", whose scale is known only in
-    backward, walks the utterances again.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, blank_row, compact, scale_B, zero_infinity, return_argmax, blank):
-        valid = _ValidFrames(hidden, compact)
-        ctx.ready = None
-        ctx.compact, ctx.scale_B = compact, scale_B
-        ctx.save_for_backward(hidden, weight, blank_row)
-        with torch.autocast(hidden.device.type, enabled=False):
-            if scale_B is None:
-                softmax, _ = vocabulary_pass(valid.frames, _head(weight, blank_row), False, return_argmax)
-                nll_B, _ = valid.frames.alpha_beta(softmax.picked_NK, softmax.lse(), False)
-                argmax_N = softmax.argmax_N
-            else:
-                nll_B, *ctx.ready, argmax_N = utterance_pass(
-                    valid.frames, _head(weight, blank_row), scale_B, ctx.needs_input_grad[0], return_argmax
-                )
-        argmax = valid.put_back(argmax_N, blank) if return_argmax else None
-        if return_argmax:
-            ctx.mark_non_differentiable(argmax)
-        nll_B = _finish_nll(nll_B, hidden, zero_infinity)
-        return nll_B if scale_B is None else (nll_B * scale_B.to(nll_B.dtype)).sum(), argmax
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
-        hidden, weight, blank_row = ctx.saved_tensors
-        valid = _ValidFrames(hidden, ctx.compact)
-        with torch.autocast(hidden.device.type, enabled=False):
-            if ctx.ready is not None:
-                dx_ND, dw_VD, dblank_D = (None if g is None else g.mul_(grad) for g in ctx.ready)
-                ctx.ready = None
-            else:
-                scale_B = grad if ctx.scale_B is None else grad * ctx.scale_B
-                _, dx_ND, dw_VD, dblank_D, _ = utterance_pass(
-                    valid.frames, _head(weight, blank_row), scale_B, ctx.needs_input_grad[0], False
-                )
-        grad_hidden = None if dx_ND is None else valid.put_back(dx_ND.to(hidden.dtype), 0.0)
-        grad_blank = dblank_D.to(blank_row.dtype) if ctx.needs_input_grad[2] else None
-        return grad_hidden, dw_VD, grad_blank, None, None, None, None, None
+@torch.library.custom_op("soundwave_fast::linear_ctc_reduced_backward", mutates_args=())
+def _reduced_backward(
+    grad: Tensor,
+    dx_BTD: Tensor,
+    dw_VD: Tensor,
+    dblank_D: Tensor,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients made in forward, times the loss's own."""
+    scale_rows = implementation("linear_ctc_loss", dw_VD).scale_rows
+    grads = []
+    for x, to in ((dx_BTD, dtype), (dw_VD, weight_dtype), (dblank_D, dtype)):
+        grads.append(scale_rows(x.view(1, -1), grad.view(1), None, to).view(x.shape))
+    return grads[0], grads[1], grads[2]
 
 
-def _head(weight: Tensor, blank_row: Tensor | None) -> Head:
-    return Head(weight.detach(), None if blank_row is None else blank_row.detach())
+@_reduced_backward.register_fake
+def _(grad, dx_BTD, dw_VD, dblank_D, dtype, weight_dtype):
+    return (
+        torch.empty_like(dx_BTD, dtype=dtype),
+        torch.empty_like(dw_VD, dtype=weight_dtype),
+        torch.empty_like(dblank_D, dtype=dtype),
+    )
+
+
+def _nll_setup(ctx, inputs, output) -> None:
+    nll_B, argmax, dx_BTD, dblank_BD = output
+    ctx.mark_non_differentiable(argmax, dx_BTD, dblank_BD)
+    ctx.set_materialize_grads(False)
+    ctx.deferred, ctx.dtype, ctx.blank = inputs[1].requires_grad, inputs[0].dtype, inputs[6]
+    ctx.save_for_backward(*(inputs[:6] if ctx.deferred else (nll_B, dx_BTD, dblank_BD)))
+
+
+def _nll_grads(ctx, grad_B, *_):
+    grads = [None] * 10
+    if grad_B is None:
+        return tuple(grads)
+    hidden, _, blank = ctx.needs_input_grad[:3]
+    if ctx.deferred:
+        grads[0], grads[1], grads[2] = _nll_gradients(grad_B, *ctx.saved_tensors, ctx.blank, hidden)
+    else:
+        grads[0], grads[2] = _nll_backward(grad_B, *ctx.saved_tensors, ctx.dtype)
+    return tuple(grad if need else None for grad, need in zip(grads, (*ctx.needs_input_grad[:3], *[False] * 7)))
+
+
+def _reduced_setup(ctx, inputs, output) -> None:
+    loss, argmax, *gradients = output
+    ctx.mark_non_differentiable(argmax, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
+    ctx.save_for_backward(*gradients)
+
+
+def _reduced_grads(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 11
+    grads = _reduced_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
+    return *(x if need else None for x, need in zip(grads, ctx.needs_input_grad[:3])), *[None] * 8
+
+
+_nll.register_autograd(_nll_grads, setup_context=_nll_setup)
+_reduced.register_autograd(_reduced_grads, setup_context=_reduced_setup)

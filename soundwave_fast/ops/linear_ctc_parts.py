@@ -1,7 +1,7 @@
-"""What the GEMM passes of linear_ctc_loss are made of: the head, the valid frames, and the online softmax over chunks.
+"""What the passes of linear_ctc_loss work on: the head, the valid frames as rows, and the softmax of every row.
 
-Shape legend: N valid frames of the batch laid end to end, B utterances, D width, V vocabulary, w columns of one chunk,
-K compact columns (see ops/compact.py), T longest utterance.
+Shape legend: N rows, B utterances, T longest utterance, D width, V vocabulary, w columns of one chunk, K compact
+columns (see ops/compact.py).
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from soundwave_fast.ops.compact import CompactTargets, alpha_beta
-
-# Logits exponentiated at a time, 32 MiB of float32. Smaller, cache-sized blocks gain nothing on idle cores and lose 2
-# to 10 times on shared ones, where every parallel op may wait a scheduler slice for its slower thread.
-BLOCK_ELEMENTS = 8 << 20
+from soundwave_fast.ops.backend import implementation
+from soundwave_fast.ops.compact import CompactTargets
 
 
 @dataclass(frozen=True)
@@ -26,6 +23,7 @@ class Head:
 
     weight: Tensor
     blank_row: Tensor | None
+    blank: int  # the blank's class
 
     def pieces(self, width: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """(first class, (w, D) rows cast to dtype) from class 0 up; a cast copies one piece at a time."""
@@ -43,114 +41,131 @@ class Head:
         return torch.cat([self.blank_row[None].to(dtype), labels])
 
 
+def known_to_host(input_lengths: Tensor, hidden: Tensor) -> bool:
+    """Whether loops may depend on the lengths; on an accelerator that would mean to wait for it."""
+    return "cpu" in (input_lengths.device.type, hidden.device.type)
+
+
 @dataclass(frozen=True)
 class Frames:
-    """The valid frames of some utterances: x (N, D), utterance b owning rows starts[b]:starts[b + 1]."""
+    """Frames of (B, T, D) features as rows, utterance b owning rows starts[b]:starts[b + 1].
+
+    Where the lengths are known to the host the rows are the valid frames alone; else all B * T, zeroed past a length,
+    so that nothing that stood there can reach a sum.
+    """
 
     x_ND: Tensor
     starts: list[int]
+    starts_B: Tensor  # the first B of them, on the device
+    utterance_N: Tensor  # int64 utterance of each row
+    index_N: Tensor | None  # b * T + t of each row; None: the rows are all B * T
+    valid_N: Tensor | None  # whether a row lies within its utterance's length; None: all do
     compact: CompactTargets
+    shape: torch.Size  # (B, T, D)
+
+    @classmethod
+    def of(cls, hidden: Tensor, compact: CompactTargets, input_lengths: Tensor) -> Frames:
+        """input_lengths: as the caller gave them; on the host, or there to be masked with."""
+        B, T, D = hidden.shape
+        device = hidden.device
+        # No CPU has float16 products worth the name; in float32 they are also exact.
+        x_ND = hidden.detach().reshape(B * T, D)
+        dtype = torch.float32 if device.type == "cpu" and x_ND.dtype == torch.float16 else x_ND.dtype
+        row_N, index_N, valid_N = torch.arange(B * T, device=device), None, None
+        if known_to_host(input_lengths, hidden):
+            lengths_B = input_lengths.reshape(-1).cpu()
+            starts = [0, *lengths_B.cumsum(0).tolist()]
+            if starts[-1] != B * T:
+                valid_BT = torch.arange(T) < lengths_B[:, None]
+                row_N = index_N = valid_BT.reshape(-1).nonzero().squeeze(1).to(device, non_blocking=True)
+                x_ND = x_ND.index_select(0, index_N)
+        else:
+            starts = [b * T for b in range(B + 1)]
+            valid_N = (torch.arange(T, device=device) < compact.input_lengths_B[:, None]).reshape(-1)
+            x_ND = x_ND.masked_fill(~valid_N[:, None], 0.0)
+        starts_B = torch.tensor(starts[:-1], dtype=torch.int64).to(device, non_blocking=True)
+        utterance_N = row_N // max(T, 1)
+        return cls(x_ND.to(dtype), starts, starts_B, utterance_N, index_N, valid_N, compact, hidden.shape)
 
     def spans(self) -> Iterator[tuple[int, slice]]:
         for b, (start, end) in enumerate(pairwise(self.starts)):
             yield b, slice(start, end)
 
-    def groups(self, group_rows: int) -> Iterator[tuple[slice, slice]]:
-        """(utterances, rows) of consecutive groups of at most group_rows rows, or of one utterance, of like size."""
-        count = -(-self.starts[-1] // group_rows)
-        even = -(-self.starts[-1] // max(count, 1))
-        b0 = 0
-        for b1 in range(1, len(self.starts)):
-            last = b1 == len(self.starts) - 1
-            size = self.starts[b1] - self.starts[b0]
-            if last or size >= even or self.starts[b1 + 1] - self.starts[b0] > group_rows:
-                yield slice(b0, b1), slice(self.starts[b0], self.starts[b1])
-                b0 = b1
+    def groups(self, most_rows: int) -> list[slice]:
+        """The rows in groups of whole utterances and like size: at most most_rows of them, or one utterance."""
+        fewest = max(len(self._split(most_rows, most_rows)), 1)
+        return self._split(-(-self.starts[-1] // fewest), most_rows)
 
-    def group(self, utterances: slice, rows: slice) -> Frames:
-        starts = [s - rows.start for s in self.starts[utterances.start : utterances.stop + 1]]
-        return Frames(self.x_ND[rows], starts, self.compact[utterances])
+    def _split(self, enough: int, most: int) -> list[slice]:
+        groups, first = [], 0
+        for end, after in pairwise([*self.starts[1:], None]):
+            full = after is None or end - first >= enough or after - first > most
+            if full and end > first:
+                groups.append(slice(first, end))
+                first = end
+        return groups
 
-    def alpha_beta(self, picked_NK: Tensor, lse_N: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-        """nll (B,) float64 and the residual p - gamma (N, K) in lse's dtype, 0 in columns that repeat a class."""
-        compact = self.compact
-        lengths = [end - start for start, end in pairwise(self.starts)]
-        B, T, K = len(lengths), max(lengths, default=0), picked_NK.shape[1]
-        device = picked_NK.device
-        utterance_N = torch.repeat_interleave(torch.arange(B, device=device), compact.input_lengths_B)
-        first_row_B = torch.tensor(self.starts[:-1], device=device, dtype=torch.int64)
-        slot_N = (torch.arange(len(lse_N), device=device) - first_row_B[utterance_N]) * B + utterance_N
-        # Both come from one chunk, so a picked logit exceeds its own logsumexp by rounding at most.
-        lp_NK = picked_NK.double().sub_(lse_N.double()[:, None]).clamp_(max=0.0)
-        lp_TBK = lp_NK.new_zeros(T * B, K).index_copy_(0, slot_N, lp_NK).view(T, B, K)
-        nll_B, gamma_TBK = alpha_beta(lp_TBK, compact, need_grad)
-        nll_B = nll_B.clamp(min=0.0)
-        if not need_grad:
-            return nll_B, None
-        residual_NK = lp_NK.exp_().sub_(gamma_TBK.view(T * B, K).index_select(0, slot_N))
-        repeats_BK = compact.first_BK != torch.arange(K, device=device)
-        return nll_B, residual_NK.masked_fill_(repeats_BK[utterance_N], 0.0).to(lse_N.dtype)
+    def put_back(self, rows: Tensor, fill: float) -> Tensor:
+        """(N, ...) -> (B, T, ...), `fill` in frames that are no rows."""
+        B, T, _ = self.shape
+        if self.index_N is not None:
+            rows = rows.new_full((B * T, *rows.shape[1:]), fill).index_copy_(0, self.index_N, rows)
+        return rows.view(B, T, *rows.shape[1:])
 
 
-class OnlineSoftmax:
-    """Running maximum, sum of exponentials, argmax and picked compact logits of N rows, fed one chunk at a time."""
+@dataclass(frozen=True)
+class Softmax:
+    """What the chunks of the vocabulary leave of every row's logits; `update_chunk` says how."""
 
-    def __init__(self, frames: Frames, need_argmax: bool, keep: bool):
-        x, K = frames.x_ND, frames.compact.columns_BK.shape[1]
-        N, accumulate = x.shape[0], torch.promote_types(x.dtype, torch.float32)
-        self.frames, self.keep, self.scratch = frames, keep, None
-        self.top_N = x.new_full((N,), -torch.inf, dtype=accumulate)
-        self.sum_N = x.new_zeros(N, dtype=accumulate)
-        self.picked_NK = x.new_zeros(N, K, dtype=accumulate)
-        self.argmax_N = x.new_zeros(N, dtype=torch.int64) if need_argmax else None
+    running_3N: Tensor
+    picked_NK: Tensor
+    argmax_N: Tensor | None
 
-    def update(self, z_Nw: Tensor, start: int) -> Tensor:
-        """Take the logits of classes start.. and, with keep, leave exp(z - top_N) in their place, 0 in compact columns.
+    @classmethod
+    def start(cls, frames: Frames, need_argmax: bool) -> Softmax:
+        N, accumulate = len(frames.x_ND), torch.promote_types(frames.x_ND.dtype, torch.float32)
+        running_3N = frames.x_ND.new_full((3, N), -torch.inf, dtype=accumulate)
+        running_3N[2] = 0.0
+        picked_NK = frames.x_ND.new_empty((N, frames.compact.columns_BK.shape[1]), dtype=accumulate)
+        return cls(running_3N, picked_NK, frames.utterance_N.new_zeros(N) if need_argmax else None)
 
-        top_N is the new running maximum. Returns (N,): what turns anything accumulated under the previous maximum
-        into the new one's scale. Works through blocks of rows, in float32 or better whatever z's dtype.
-        """
-        hits = list(self._hits(start, z_Nw.shape[1]))
-        for rows, slots, local in hits:
-            self.picked_NK[rows].index_copy_(1, slots, z_Nw[rows].index_select(1, local).to(self.picked_NK.dtype))
-        before_N, self.top_N = self.top_N, torch.empty_like(self.top_N)
-        step = max(1, BLOCK_ELEMENTS // z_Nw.shape[1])
-        for row in range(0, z_Nw.shape[0], step):
-            self._update_block(z_Nw[row : row + step], slice(row, row + step), before_N, start)
-        if self.keep:
-            for rows, _, local in hits:
-                z_Nw[rows].index_fill_(1, local, 0.0)
-        return (before_N - self.top_N).exp_()
+    def __getitem__(self, rows: slice) -> Softmax:
+        argmax_N = None if self.argmax_N is None else self.argmax_N[rows]
+        return Softmax(self.running_3N[:, rows], self.picked_NK[rows], argmax_N)
 
-    def _update_block(self, z: Tensor, rows: slice, before_N: Tensor, start: int) -> None:
-        wide = z if z.dtype == self.sum_N.dtype else self._scratch(z).copy_(z)
-        if self.argmax_N is None:
-            top = wide.amax(1)
-        else:
-            top, where = wide.max(1)
-            # Strictly greater: among equals the lowest class wins, as in torch.argmax.
-            self.argmax_N[rows] = torch.where(top > before_N[rows], where + start, self.argmax_N[rows])
-        torch.maximum(top, before_N[rows], out=self.top_N[rows])
-        wide.sub_(self.top_N[rows, None]).exp_()
-        self.sum_N[rows] = self.sum_N[rows] * (before_N[rows] - self.top_N[rows]).exp_() + wide.sum(1)
-        if self.keep and wide is not z:
-            z.copy_(wide)
+    @property
+    def sum_N(self) -> Tensor:
+        return self.running_3N[2]
 
-    def _scratch(self, z: Tensor) -> Tensor:
-        """float32 room for a block, allocated once: page faults of fresh memory cost more than the arithmetic."""
-        if self.scratch is None or len(self.scratch) < z.numel():
-            self.scratch = torch.empty(z.numel(), dtype=self.sum_N.dtype, device=z.device)
-        return self.scratch[: z.numel()].view(z.shape)
+    def logsumexp(self) -> Tensor:
+        return self.running_3N[1] + self.running_3N[2].log()
 
-    def lse(self) -> Tensor:
-        return self.sum_N.log().add_(self.top_N)
 
-    def _hits(self, start: int, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(rows, compact columns, chunk columns) of every utterance that owns classes of this chunk."""
-        local_BK = self.frames.compact.columns_BK - start
-        inside_BK = (local_BK >= 0) & (local_BK < width)
-        touched = inside_BK.any(1).tolist()
-        for b, rows in self.frames.spans():
-            if touched[b]:
-                slots = inside_BK[b].nonzero().squeeze(1)
-                yield rows, slots, local_BK[b, slots]
+def likelihood(frames: Frames, softmax: Softmax, need_residual: bool) -> tuple[Tensor, Tensor | None]:
+    """nll (B,) float64 and the residual p - gamma (N, K) of the compact columns: CTC over what the softmax picked."""
+    steps = implementation("linear_ctc_loss", frames.x_ND)
+    compact = frames.compact
+    longest = max((end - start for start, end in pairwise(frames.starts)), default=0)
+    lengths_B = compact.input_lengths_B
+    lp_TBK = steps.emissions(softmax.picked_NK, softmax.running_3N, frames.starts_B, lengths_B, longest)
+    nll_B, gamma_TBK = implementation("alpha_beta", frames.x_ND).alpha_beta(
+        lp_TBK, compact.first_BK, lengths_B, compact.target_lengths_B, need_residual
+    )
+    # Emissions are at most 0, so only the recursion's own rounding can fall below.
+    nll_B = nll_B.double().clamp(min=0.0)
+    if not need_residual:
+        return nll_B, None
+    return nll_B, steps.residual(
+        lp_TBK, gamma_TBK, compact.first_BK, frames.utterance_N, frames.starts_B, lengths_B, softmax.sum_N.dtype
+    )
+
+
+def fits_B(compact: CompactTargets) -> Tensor:
+    """Whether an utterance's frames can hold its target: a frame a label, and one more between two equal ones.
+
+    Not so if its arguments were wrong, see CompactTargets.
+    """
+    first_BK, lengths_B = compact.first_BK, compact.target_lengths_B
+    slots = torch.arange(first_BK.shape[1], device=first_BK.device)[2:]
+    twins_BK = (first_BK[:, 2:] == first_BK[:, 1:-1]) & (slots <= lengths_B[:, None])
+    return (compact.input_lengths_B >= lengths_B + twins_BK.sum(1)) & (lengths_B >= 0)

@@ -35,6 +35,11 @@ def test_one_point_alone():
         ("mask_frames", None, "mask_frames: None is not one of True, False"),
         ("peak_select", "last", "peak_select: 'last' is not one of first, peak"),
         ("encoder_pad", "60s", "encoder_pad: '60s' is not one of longest, 30s"),
+        (
+            "attention_backend",
+            "flash",
+            "attention_backend: 'flash' is not one of auto, triton, torch, varlen_attn, flash_attn, xformers",
+        ),
         ("ctc_head", "bound", "ctc_head: 'bound' is not one of tied, free"),
         ("ctc_blank_id", 7, "ctc_blank_id: with ctc_head='tied' it is the one extra row, id 200, got 7"),
     ],

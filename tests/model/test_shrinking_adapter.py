@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, WhisperConfig
 
-from soundwave_fast.model import SoundwaveConfig
+from soundwave_fast.model import SoundwaveConfig, shrinking_adapter
 from soundwave_fast.model.shrinking_adapter import ShrinkingAdapter
+from soundwave_fast.ops import Packed
+from soundwave_fast.ops.backend import use_backend
 
 D, BLANK = 24, 9
 
@@ -61,8 +63,15 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=["projected", "absorbed"])
+def road(request, monkeypatch):
+    """Keys and values projected, or their projections moved to the queries' side, whichever would be cheaper."""
+    monkeypatch.setattr(shrinking_adapter, "_ABSORB_BELOW", float("inf") if request.param == "absorbed" else 0)
+    return request.param
+
+
 @pytest.mark.parametrize("kwargs", [*CASES, {"look_back": False}], ids=str)
-def test_is_the_loop(kwargs):
+def test_is_the_loop(kwargs, road):
     adapter = make(adapter_dropout=0.0, **kwargs)
     hidden, tokens, lengths = batch()
     hidden.requires_grad_()
@@ -103,7 +112,98 @@ def test_peak_takes_the_surest_frame():
     assert packed.index.tolist() == [1, 3]
 
 
-def test_dropout_only_when_training():
+@pytest.mark.parametrize(
+    ("keys", "run_length", "absorbs"), [("frames", 40, True), ("frames", 1, False), ("kept", 40, False)]
+)
+def test_absorbs_where_that_is_cheaper(keys, run_length, absorbs):
+    """Few queries to many keys; not where every frame is kept, nor for keys that are the kept frames themselves."""
+    adapter = make(64, look_back_keys=keys, drop_blank=False)
+    taken = []
+    adapter._look_absorbed = lambda *a, f=adapter._look_absorbed: (taken.append(1), f(*a))[1]
+    tokens = torch.arange(80).view(2, 40) // run_length % 2
+    adapter(torch.randn(2, 40, 64, dtype=torch.float64), tokens, torch.tensor([40, 33]))
+    assert bool(taken) == absorbs
+
+
+def test_on_the_kernels():
+    """The same on Triton, which is what a GPU runs (interpreted elsewhere)."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    for kwargs in CASES[::2]:
+        adapter = make(adapter_dropout=0.0, **kwargs).float()
+        hidden, tokens, lengths = batch()
+        theirs = torch.cat(loop(adapter, hidden.float(), tokens, lengths))
+        weight = torch.randn_like(theirs)
+        parameters = list(adapter.parameters())
+        expected = torch.autograd.grad((theirs * weight).sum(), parameters)
+        adapter.to(where)
+        with use_backend("triton"):
+            ours = adapter(hidden.float().to(where), tokens.to(where), lengths.to(where)).data
+            got = torch.autograd.grad((ours * weight.to(where)).sum(), list(adapter.parameters()))
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
+        for one, other in zip(got, expected):
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-4)
+
+
+def test_keys_with_rows_of_nobody(monkeypatch):
+    """On a GPU, where the frames are packed without a look at the lengths, rows of nobody follow the last one."""
+    adapter = make(adapter_dropout=0.0)
+    hidden, tokens, lengths = batch()
+    want = adapter(hidden.requires_grad_(), tokens, lengths).data
+    weight = torch.randn_like(want)
+    (wanted,) = torch.autograd.grad((want * weight).sum(), hidden)
+    exact = Packed.from_padded
+    monkeypatch.setattr(shrinking_adapter.Packed, "from_padded", lambda x, n: exact(x, n, total=4 * 12, max_len=12))
+    got = adapter(hidden, tokens, lengths).data
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad((got * weight).sum(), hidden)[0], wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", ["frames", "kept"])
+def test_waits_for_the_gpu_once(keys):
+    """For the number of kept frames; the look-back itself never does."""
+    adapter = make(64, look_back_keys=keys).float().cuda()
+    hidden = torch.randn(3, 40, 64, device="cuda", requires_grad=True)
+    tokens, lengths = torch.randint(0, 4, (3, 40), device="cuda"), torch.tensor([40, 3, 17], device="cuda")
+    peaks = adapter.peaks(hidden, tokens, lengths)
+    for _ in range(2):  # the first run compiles
+        torch.cuda.set_sync_debug_mode("error" if _ else "default")
+        try:
+            adapter._attend(peaks, hidden, lengths).sum().backward(retain_graph=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_backend_of_the_config_is_what_runs(monkeypatch):
+    seen = []
+    attend = shrinking_adapter.varlen_cross_attention
+    monkeypatch.setattr(
+        shrinking_adapter, "varlen_cross_attention", lambda *a, **k: (seen.append(k["backend"]), attend(*a, **k))[1]
+    )
+    make(attention_backend="torch")(*batch())
+    assert seen == ["torch"]
+    with pytest.raises(ValueError, match="backend 'flash_attn' needs a GPU"):
+        make(attention_backend="flash_attn")(*batch())
+
+
+def test_released_names_and_sizes():
+    """Llama-3.1-8B: 67.1 M parameters under the checkpoint's names."""
+    text = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_hidden_layers=1, vocab_size=BLANK)
+    with torch.device("meta"):
+        adapter = ShrinkingAdapter(SoundwaveConfig(WhisperConfig(d_model=8), text, ctc_blank_id=BLANK))
+    D = 4096
+    assert {name: tuple(p.shape) for name, p in adapter.named_parameters()} == {
+        "encoder_attn.in_proj_weight": (3 * D, D),
+        "encoder_attn.in_proj_bias": (3 * D,),
+        "encoder_attn.out_proj.weight": (D, D),
+        "encoder_attn.out_proj.bias": (D,),
+        "atten_layer_norm.weight": (D,),
+        "atten_layer_norm.bias": (D,),
+    }
+    assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == 67.1
+
+
+def test_dropout_only_when_training(road):
     adapter = make(adapter_dropout=0.5)
     arguments = batch()
     outputs = [adapter(*arguments).data for _ in range(2)]
@@ -111,6 +211,24 @@ def test_dropout_only_when_training():
     adapter.eval()
     outputs = [adapter(*arguments).data for _ in range(2)]
     assert torch.equal(*outputs)
+
+
+def test_dropout_has_one_law_on_both_roads(monkeypatch):
+    """Mean and spread of the look-back over many masks, with biases large enough to show if they were not dropped."""
+    adapter = make(adapter_dropout=0.3, drop_blank=False)
+    hidden, tokens, lengths = (x[:1].repeat(2000, *[1] * (x.dim() - 1)) for x in batch())
+    peaks = adapter.peaks(hidden, tokens, lengths)
+    moments = []
+    for below in (0, float("inf")):
+        monkeypatch.setattr(shrinking_adapter, "_ABSORB_BELOW", below)
+        out = adapter._attend(peaks, hidden, lengths).detach().view(2000, -1, D)
+        moments.append((out.mean(0), out.var(0)))
+    adapter.eval()
+    exact = adapter._attend(peaks, hidden, lengths).detach().view(2000, -1, D)[0]
+    sigma = (moments[0][1] / 2000).sqrt()
+    for mean, variance in moments:
+        assert ((mean - exact).abs() < 5.5 * sigma).all()
+        assert (variance / moments[0][1] - 1).abs().max() < 0.35 and variance.min() > 0
 
 
 @pytest.mark.parametrize("keys", ["frames", "kept"])

@@ -22,6 +22,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -210,7 +211,9 @@ def make_speech(out: Path, train: int = 400, test: int = 40, seed: int = 1, work
         _claim(out, {"format": _FORMAT, "train": train, "test": test, "seed": seed, "espeak": espeak})
         blocks = [utterances[i : i + _BLOCK] for i in range(0, len(utterances), _BLOCK)]
         spawn = get_context("spawn")  # onnxruntime and torch threads do not survive a fork
-        with ProcessPoolExecutor(workers, mp_context=spawn) as pool, _progress(len(utterances)) as advance:
+        # Ctrl-C reaches the workers too: they finish their block in silence while this process stops the rest.
+        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+        with ProcessPoolExecutor(workers, mp_context=spawn, **quiet) as pool, _progress(len(utterances)) as advance:
             futures = [pool.submit(_make_block, block, out / "audio", model, seed * 100003 + i)
                        for i, block in enumerate(blocks)]
             try:
