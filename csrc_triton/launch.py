@@ -14,3 +14,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 def block(n: int, least: int = 16, most: int = 1 << 20) -> int:
     """The power of two a kernel pads n to: shapes inside one power of two share one compiled kernel."""
     return min(max(triton.next_power_of_2(max(n, 1)), least), most)
+
+
+def chip() -> str:
+    """What kernels are compiled for, "sm_90" or "gfx942"; "sm_90" under the interpreter, which has no chip.
+
+    Asked of Triton's driver, not of torch, so that compiling ahead of time for another chip takes that chip's sizes.
+    """
+    if INTERPRETED:
+        return "sm_90"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.launch import INTERPRETED
-from csrc_triton.varlen_cross_attention.sizes import forward_sizes
+from csrc_triton.varlen_cross_attention.sizes import sizes
 from csrc_triton.varlen_cross_attention.tiles import keep_mask, load_tile, rows_of, split_queries, store_tile
 
 LOG2_E = 1.4426950408889634
@@ -126,8 +126,8 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((2, *q.shape[:2]), dtype=torch.float32, device=q.device)
     queries = max_seqlen_q * (H // G)
-    sizes = forward_sizes(q, queries)
-    tiles = max(triton.cdiv(queries, sizes["BLOCK_M"]), 1)
+    blocks = sizes("forward", q, queries)
+    tiles = max(triton.cdiv(queries, blocks["BLOCK_M"]), 1)
     _forward_kernel[(cu_seqlens_q.numel() * G * tiles,)](
         q,
         k,
@@ -152,7 +152,7 @@ def forward(
         dropout_p,
         DROPOUT=seed is not None,
         UPCAST=INTERPRETED,
-        **sizes,
+        **blocks,
     )
     return out, lse
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton.varlen_cross_attention.sizes import sizes
 from csrc_triton.varlen_cross_attention.tiles import (
     load_lse,
     load_tile,
@@ -194,7 +195,7 @@ def backward_tiled(
     offsets: tuple[Tensor, Tensor, Tensor],  # cu_seqlens_q, cu_seqlens_k, seed
     rows: tuple[int, int, int],  # Nq, Nk, B
     numbers: tuple,  # G ... dropout_p, as the kernels take them
-    flags: dict[str, int],
+    flags: dict[str, bool],  # DROPOUT, UPCAST
     queries: int,  # at most so many to a key head of an utterance
     keys: int,  # and so many keys
 ) -> None:
@@ -202,10 +203,14 @@ def backward_tiled(
     delta = torch.empty_like(lse[0])
     programs = offsets[0].numel() * k.shape[1]
     need_q, need_kv = dq.dim() == 3, dk.dim() == 3
-    tiles = triton.cdiv(queries, flags["BLOCK_M"])
+    blocks = sizes("queries", q, queries)
+    tiles = triton.cdiv(queries, blocks["BLOCK_M"])
     _queries_kernel[(programs * tiles,)](
-        q, k, v, out, grad, lse, delta, dq, *offsets, *rows, tiles, *numbers, NEED_Q=need_q, **flags
+        q, k, v, out, grad, lse, delta, dq, *offsets, *rows, tiles, *numbers, NEED_Q=need_q, **flags, **blocks
     )
     if need_kv:
-        tiles = max(triton.cdiv(keys, flags["BLOCK_N"]), 1)
-        _keys_kernel[(programs * tiles,)](q, k, v, grad, lse, delta, dk, dv, *offsets, *rows, tiles, *numbers, **flags)
+        blocks = sizes("keys", q, queries)
+        tiles = max(triton.cdiv(keys, blocks["BLOCK_N"]), 1)
+        _keys_kernel[(programs * tiles,)](
+            q, k, v, grad, lse, delta, dk, dv, *offsets, *rows, tiles, *numbers, **flags, **blocks
+        )

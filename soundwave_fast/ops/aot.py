@@ -70,7 +70,7 @@ def _linear_ctc(dtype: torch.dtype, D: int, trainable: bool) -> None:
     from soundwave_fast.ops import linear_ctc_loss
 
     hidden = torch.randn(2, 20, D).to(dtype).requires_grad_()
-    weight = torch.randn(300, D).to(dtype).requires_grad_(trainable)
+    weight = torch.randn(300 if trainable else 20_000, D).to(dtype).requires_grad_(trainable)
     lengths = torch.tensor([20, 17]), torch.tensor([5, 4])
     loss, _ = linear_ctc_loss(hidden, weight, torch.randint(1, 300, (2, 5)), *lengths, return_argmax=True)
     loss.backward()
