@@ -23,7 +23,7 @@ from torch import Tensor
 from csrc_triton.launch import block
 from csrc_triton.occupancy import occupancy
 
-WIDEST = 8192  # bytes of states of one kind that a program keeps in registers; longer targets take several launches
+WIDEST = 4096  # bytes of states of one kind that a program keeps in registers; longer targets take several launches
 
 
 @triton.jit

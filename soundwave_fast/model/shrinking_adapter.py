@@ -1,20 +1,16 @@
 """Shrinking adapter: keep the CTC peaks, let each look back at the frames by cross-attention; comes out packed.
 
-Shape legend: B utterances, T frames, D width, Q kept frames in all, K keys in all, H heads, d head width, E = D + 1.
+Shape legend: B utterances, T frames, D width, Q kept frames in all, K keys in all, H heads, d head width.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soundwave_fast.model.config import SoundwaveConfig
 from soundwave_fast.ops import Packed, peak_gather, varlen_cross_attention
-from soundwave_fast.ops.attention_backends import choose
-
-# Share of the multiplications that absorbing the key and value projections must leave to be worth its larger tensors.
-_ABSORB_BELOW = 0.65
+from soundwave_fast.ops.gemm import linear
 
 
 class ShrinkingAdapter(nn.Module):
@@ -133,7 +129,7 @@ class ShrinkingAdapter(nn.Module):
         """Look-back attention of the kept frames: (Q, D)."""
         attention = self.encoder_attn
         if self.keys == "kept":
-            source, one = peaks, F.linear(peaks.data, attention.in_proj_weight, attention.in_proj_bias)
+            source, one = peaks, linear(peaks.data, attention.in_proj_weight, attention.in_proj_bias)
             q_QHd, k_KHd, v_KHd = self._heads(one, 3).unbind(1)
             return self._look(q_QHd, k_KHd, v_KHd, peaks, source)
         B, T, D = hidden_BTD.shape
@@ -144,62 +140,24 @@ class ShrinkingAdapter(nn.Module):
         source = Packed.from_padded(hidden_BTD, lengths, **bounds)
         w_q, w_kv = attention.in_proj_weight.split([D, 2 * D])
         b_q, b_kv = attention.in_proj_bias.split([D, 2 * D])
-        q_QHd = self._heads(F.linear(peaks.data, w_q, b_q), 1).squeeze(1)
-        if self._absorbs(q_QHd, peaks, source):
-            return self._look_absorbed(q_QHd, w_kv, b_kv, peaks, source)
-        k_KHd, v_KHd = self._heads(F.linear(source.data, w_kv, b_kv), 2).unbind(1)
+        q_QHd = self._heads(linear(peaks.data, w_q, b_q), 1).squeeze(1)
+        k_KHd, v_KHd = self._heads(linear(source.data, w_kv, b_kv), 2).unbind(1)
         return self._look(q_QHd, k_KHd, v_KHd, peaks, source)
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         return x.unflatten(-1, (parts, self.heads, -1))
 
     def _look(self, q_QHd: Tensor, k_KHd: Tensor, v_KHd: Tensor, peaks: Packed, source: Packed) -> Tensor:
-        out_QHd = self._cross(q_QHd, k_KHd, v_KHd, peaks, source, q_QHd.shape[-1])
-        return self.encoder_attn.out_proj(out_QHd.flatten(-2))
-
-    def _cross(self, q: Tensor, k: Tensor, v: Tensor, peaks: Packed, source: Packed, head_width: int) -> Tensor:
-        return varlen_cross_attention(
-            q,
-            k,
-            v,
+        out_QHd = varlen_cross_attention(
+            q_QHd,
+            k_KHd,
+            v_KHd,
             peaks.cu_seqlens,
             source.cu_seqlens,
             peaks.max_len,
             source.max_len,
-            softmax_scale=head_width**-0.5,
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-
-    def _absorbs(self, q_QHd: Tensor, peaks: Packed, source: Packed) -> bool:
-        """Whether scoring queries against the frames themselves pays: q (W_k x) = (q W_k) x, W_v (P x) for P (W_v x).
-
-        It trades the projection of every key, 2 K D D multiplications, for 2 Q D D and an attention D wide, H times
-        the pairs. Few queries to many keys gain; the GPU kernels' heads are too narrow for it.
-        """
-        if q_QHd.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        if choose(self.backend, q_QHd, self.dropout) != "torch":
-            return False
-        Q, K, D = peaks.total, source.total, source.data.shape[1]
-        pairs = Q * K / max(len(peaks), 1)
-        return Q * D + pairs * self.heads < _ABSORB_BELOW * (K * D + pairs)
-
-    def _look_absorbed(
-        self,
-        q_QHd: Tensor,
-        w_kv: Tensor,  # (2 D, D)
-        b_kv: Tensor,  # (2 D)
-        peaks: Packed,
-        source: Packed,
-    ) -> Tensor:
-        """`_look` with the key and value projections moved to the queries' side; the frames are keys and values.
-
-        A column of ones beside the frames carries the biases, under dropout too.
-        """
-        w_k_HdE, w_v_HdE = torch.cat([w_kv, b_kv[:, None]], 1).unflatten(0, (2, self.heads, -1)).unbind(0)
-        q_QHE = torch.bmm(q_QHd.transpose(0, 1), w_k_HdE).transpose(0, 1)
-        x_K1E = F.pad(source.data, (0, 1), value=1.0)[:, None].to(q_QHE.dtype)
-        mixed_QHE = self._cross(q_QHE, x_K1E, x_K1E, peaks, source, q_QHd.shape[-1])
-        out_QHd = torch.bmm(mixed_QHE.transpose(0, 1), w_v_HdE.mT).transpose(0, 1)
-        return self.encoder_attn.out_proj(out_QHd.flatten(-2))
+        out_proj = self.encoder_attn.out_proj
+        return linear(out_QHd.flatten(-2), out_proj.weight, out_proj.bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,3 +61,56 @@ def add_mm(out: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, overw
         out.copy_(product)
     else:
         out.add_(product)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear, values and gradients: x (..., D), weight (O, D), bias (O,) -> (..., O).
+
+    On a CPU where oneDNN is the faster library its three products (forward, and two of backward) go there.
+    """
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if not plain or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    return _linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+
+@torch.library.custom_op("soundwave_fast::linear", mutates_args=())
+def _linear(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    if not _prefers_onednn(x_ND, weight_OD):
+        return F.linear(x_ND, weight_OD, bias_O)
+    return torch.ops.mkldnn._linear_pointwise(_dense(x_ND), _dense(weight_OD), bias_O, "none", [], "")
+
+
+@_linear.register_fake
+def _(x_ND, weight_OD, bias_O):
+    return x_ND.new_empty(x_ND.shape[0], weight_OD.shape[0])
+
+
+@torch.library.custom_op("soundwave_fast::linear_backward", mutates_args=())
+def _linear_backward(
+    grad_NO: Tensor, x_ND: Tensor, weight_OD: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight; what is not needed has no elements."""
+    empty = x_ND.new_empty(0)
+    return (
+        mm(grad_NO, weight_OD) if need_x else empty,
+        mm(grad_NO.t(), x_ND) if need_weight else empty.clone(),
+    )
+
+
+@_linear_backward.register_fake
+def _(grad_NO, x_ND, weight_OD, need_x, need_weight):
+    return x_ND.new_empty(x_ND.shape if need_x else 0), x_ND.new_empty(weight_OD.shape if need_weight else 0)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx, grad_NO):
+    need_x, need_weight, need_bias = ctx.needs_input_grad
+    dx, dweight = _linear_backward(grad_NO, *ctx.saved_tensors, need_x, need_weight)
+    return dx if need_x else None, dweight if need_weight else None, grad_NO.sum(0) if need_bias else None
+
+
+_linear.register_autograd(_backward, setup_context=_save)

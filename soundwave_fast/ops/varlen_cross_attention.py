@@ -132,7 +132,7 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_s
     if backend == "triton":
         saved = q.new_empty((2, *q.shape[:2]), dtype=torch.float32)
     else:
-        saved = q.new_empty(attention_backends.module("torch").kept_elements(q, max_seqlen_k, keep))
+        saved = q.new_empty(attention_backends.module("torch").kept_elements(q, k, max_seqlen_k, dropout_p, keep))
     return q.new_empty(q.shape), saved
 
 

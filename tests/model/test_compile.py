@@ -51,5 +51,6 @@ def test_adapters_compile_whole(tiny_parts, ctc_head):
         compiled_once = compiled_once or len(graphs)
         assert len(ours) == len(eager) > 20
         for x, y in zip(ours, eager):
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+            # eager leaves padding out, the graph computes it: other sizes, other orders of summation
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5 * float(y.abs().max() if y.numel() else 0) + 1e-6)
     assert len(graphs) - compiled_once <= 1, "more than one recompile over ten ragged batches"

@@ -63,15 +63,8 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["projected", "absorbed"])
-def road(request, monkeypatch):
-    """Keys and values projected, or their projections moved to the queries' side, whichever would be cheaper."""
-    monkeypatch.setattr(shrinking_adapter, "_ABSORB_BELOW", float("inf") if request.param == "absorbed" else 0)
-    return request.param
-
-
 @pytest.mark.parametrize("kwargs", [*CASES, {"look_back": False}], ids=str)
-def test_is_the_loop(kwargs, road):
+def test_is_the_loop(kwargs):
     adapter = make(adapter_dropout=0.0, **kwargs)
     hidden, tokens, lengths = batch()
     hidden.requires_grad_()
@@ -110,19 +103,6 @@ def test_peak_takes_the_surest_frame():
     tokens = torch.tensor([[2, 2, 2, 5]])
     packed = adapter(hidden, tokens, torch.tensor([4]), torch.tensor([[-3.0, -1.0, -2.0, -0.5]]))
     assert packed.index.tolist() == [1, 3]
-
-
-@pytest.mark.parametrize(
-    ("keys", "run_length", "absorbs"), [("frames", 40, True), ("frames", 1, False), ("kept", 40, False)]
-)
-def test_absorbs_where_that_is_cheaper(keys, run_length, absorbs):
-    """Few queries to many keys; not where every frame is kept, nor for keys that are the kept frames themselves."""
-    adapter = make(64, look_back_keys=keys, drop_blank=False)
-    taken = []
-    adapter._look_absorbed = lambda *a, f=adapter._look_absorbed: (taken.append(1), f(*a))[1]
-    tokens = torch.arange(80).view(2, 40) // run_length % 2
-    adapter(torch.randn(2, 40, 64, dtype=torch.float64), tokens, torch.tensor([40, 33]))
-    assert bool(taken) == absorbs
 
 
 def test_on_the_kernels():
@@ -203,7 +183,7 @@ def test_released_names_and_sizes():
     assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == 67.1
 
 
-def test_dropout_only_when_training(road):
+def test_dropout_only_when_training():
     adapter = make(adapter_dropout=0.5)
     arguments = batch()
     outputs = [adapter(*arguments).data for _ in range(2)]
@@ -213,22 +193,23 @@ def test_dropout_only_when_training(road):
     assert torch.equal(*outputs)
 
 
-def test_dropout_has_one_law_on_both_roads(monkeypatch):
-    """Mean and spread of the look-back over many masks, with biases large enough to show if they were not dropped."""
+def test_dropout_has_the_law_of_multihead_attention():
+    """Mean and spread over many masks."""
     adapter = make(adapter_dropout=0.3, drop_blank=False)
+    adapter.encoder_attn.dropout = 0.3
     hidden, tokens, lengths = (x[:1].repeat(2000, *[1] * (x.dim() - 1)) for x in batch())
     peaks = adapter.peaks(hidden, tokens, lengths)
+    queries = peaks.data.view(2000, -1, D)
     moments = []
-    for below in (0, float("inf")):
-        monkeypatch.setattr(shrinking_adapter, "_ABSORB_BELOW", below)
-        out = adapter._attend(peaks, hidden, lengths).detach().view(2000, -1, D)
+    for out in (adapter._attend(peaks, hidden, lengths), adapter.encoder_attn(queries, hidden, hidden)[0]):
+        out = out.detach().view(2000, -1, D)
         moments.append((out.mean(0), out.var(0)))
     adapter.eval()
     exact = adapter._attend(peaks, hidden, lengths).detach().view(2000, -1, D)[0]
-    sigma = (moments[0][1] / 2000).sqrt()
+    sigma = (moments[1][1] / 2000).sqrt()
     for mean, variance in moments:
         assert ((mean - exact).abs() < 5.5 * sigma).all()
-        assert (variance / moments[0][1] - 1).abs().max() < 0.35 and variance.min() > 0
+        assert (variance / moments[1][1] - 1).abs().max() < 0.35 and variance.min() > 0
 
 
 @pytest.mark.parametrize("keys", ["frames", "kept"])

@@ -1,8 +1,9 @@
-"""varlen_cross_attention in plain torch: matrix products of one utterance after the other, weights kept for backward.
+"""varlen_cross_attention in plain torch: one utterance after the other, each by whatever is fastest for it on a CPU.
 
-On a CPU that beats fused attention: an utterance's weights stay in cache, and products with few queries run at full
-speed only as large matrix products. Weights of the first `KEPT` (query, key, head) triples are kept, the rest computed
-again. Elsewhere the lengths are not on the host: one block padded to the longest, nothing kept.
+In float32 and float64 that is torch's own fused attention (`fused_attention`), which keeps a log-sum-exp a row. In half
+precision, with dropout or with shared key heads it is matrix products: weights of the first `KEPT` (query, key, head)
+triples are kept for backward, the rest computed again. Elsewhere the lengths are not on the host: one block padded to
+the longest, nothing kept.
 
 Shape legend: Nq, Nk rows over the batch, B utterances, H query heads, G key heads, R = H / G, d head width, M queries
 and L keys of one key head in one utterance: the R heads that share a key head are simply more queries of it.
@@ -15,6 +16,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from soundwave_fast.ops.pure_torch import fused_attention
 
 KEPT = 1 << 26  # elements: 256 MiB in float32
 _AT_ONCE = 1 << 22  # weights in the making: longer utterances are done some heads at a time
@@ -33,7 +36,7 @@ def forward(
     seed: Tensor | None,  # (1,) int64 on the CPU, with dropout
     keep: bool,  # whether backward will follow
 ) -> tuple[Tensor, Tensor]:
-    """out (Nq, H, d), and the weights that are kept for `backward`, block after block, in one dimension."""
+    """out (Nq, H, d), and what is kept for `backward` in one dimension: weights or log-sum-exp, block after block."""
     generator = _generator(q, seed)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if cu_seqlens_q.device.type != "cpu":
@@ -41,7 +44,11 @@ def forward(
         q, k, v = blocks.queries(q, k), blocks.keys(k), blocks.keys(v)
         weights = _dropped(blocks.weights(q, k, scale), dropout_p, generator)[0]
         return blocks.unpad_queries(torch.bmm(weights, v), out), q.new_empty(0)
-    kept = q.new_empty(kept_elements(q, max_seqlen_k, keep))
+    kept = q.new_empty(kept_elements(q, k, max_seqlen_k, dropout_p, keep))
+    if fused_attention.serves(q, k, dropout_p):
+        fused_attention.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, out, kept)
+        _zero_the_rest(cu_seqlens_q, cu_seqlens_k, out)
+        return out, kept
     used = 0
     for rows_q, rows_k, heads in _blocks(cu_seqlens_q, cu_seqlens_k, q, k):
         queries = _fold(q[rows_q], k, heads)
@@ -56,11 +63,12 @@ def forward(
     return out, kept
 
 
-def kept_elements(q: Tensor, max_seqlen_k: int, keep: bool) -> int:
-    """How many weights forward has room for: on a CPU all of them if they are few; known from shapes alone."""
+def kept_elements(q: Tensor, k: Tensor, max_seqlen_k: int, dropout_p: float, keep: bool) -> int:
+    """How many elements forward has room for to keep, on a CPU; known from shapes alone."""
     if not keep or q.device.type != "cpu":
         return 0
-    return torch.sym_min(q.shape[0] * q.shape[1] * max_seqlen_k, KEPT)
+    rows = q.shape[0] * q.shape[1]
+    return rows if fused_attention.serves(q, k, dropout_p) else torch.sym_min(rows * max_seqlen_k, KEPT)
 
 
 def backward(
@@ -94,6 +102,21 @@ def backward(
             x if g is None else unpad(g, x)
             for unpad, g, x in zip((blocks.unpad_queries, *[blocks.unpad_keys] * 2), grads, (dq, dk, dv))
         )
+    if fused_attention.serves(q, k, dropout_p):
+        fused_attention.backward(grad, q, k, v, out, kept, cu_seqlens_q, cu_seqlens_k, scale, dq, dk, dv)
+    else:
+        _products_backward(grad, q, k, v, kept, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, generator, dq, dk, dv)
+    if need_q:
+        _zero_the_rest(cu_seqlens_q, cu_seqlens_k, dq)
+    if need_kv:
+        _zero_the_rest(cu_seqlens_k, cu_seqlens_q, dk, dv)
+    return dq, dk, dv
+
+
+def _products_backward(
+    grad, q, k, v, kept, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, generator, dq, dk, dv
+) -> None:
+    """Fill dq, dk, dv where they have elements, from the weights that were kept and others made again."""
     used = 0
     for rows_q, rows_k, heads in _blocks(cu_seqlens_q, cu_seqlens_k, q, k):
         queries, grads = _fold(q[rows_q], k, heads), _fold(grad[rows_q], k, heads)
@@ -104,17 +127,13 @@ def backward(
             used += size
         else:
             weights = _weights(queries, keys, scale)
-        dq_, dk_, dv_ = _gradients(grads, queries, keys, values, weights, scale, dropout_p, generator, need_q, need_kv)
-        if need_q:
+        need = (dq.numel() > 0, dk.numel() > 0)
+        dq_, dk_, dv_ = _gradients(grads, queries, keys, values, weights, scale, dropout_p, generator, *need)
+        if dq_ is not None:
             _unfold(dq_, dq[rows_q], k, heads)
-        if need_kv:
+        if dk_ is not None:
             dk[rows_k, heads] = dk_.transpose(0, 1)
             dv[rows_k, heads] = dv_.transpose(0, 1)
-    if need_q:
-        _zero_the_rest(cu_seqlens_q, cu_seqlens_k, dq)
-    if need_kv:
-        _zero_the_rest(cu_seqlens_k, cu_seqlens_q, dk, dv)
-    return dq, dk, dv
 
 
 def _weights(queries_GMd: Tensor, keys_GLd: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
