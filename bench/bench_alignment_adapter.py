@@ -105,6 +105,7 @@ def case(variant: str = "time", dtype: str = DTYPE, **shape: int) -> Case:
         cost=cost,
         sources=("soundwave_fast/model/alignment_adapter.py", "soundwave_fast/ops", "csrc_triton"),
         tests="tests/model/test_alignment_adapter.py",
+        budget=2e-2 if dtype == "float32" else 5e-2,
         rounds=11,
     )
 

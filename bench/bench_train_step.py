@@ -11,7 +11,7 @@ TEXT, ANSWER = 24, 12
 GPU = device().type == "cuda"
 SHAPES = {
     1: {"B": 8, "T50": 1500, "S": 100} if GPU else {"B": 8, "T50": 200, "S": 12},
-    2: {"B": 8, "T50": 1500, "S": 100} if GPU else {"B": 4, "T50": 200, "S": 12},
+    2: {"B": 8, "T50": 1500, "S": 100} if GPU else {"B": 2, "T50": 200, "S": 12},
 }
 
 

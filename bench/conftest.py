@@ -23,6 +23,7 @@ PEERS = ("torch", "triton", "transformers", "peft", "flash-attn", "xformers", "l
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("soundwave_fast")
     group.addoption("--no-memory", action="store_true", help="do not measure peak memory (a fresh process a row)")
+    group.addoption("--smoke", action="store_true", help="two rounds of the first case of each file, nothing else")
     group.addoption("--no-conformance", action="store_true", help="time ops without running their tests first")
 
 
@@ -39,7 +40,7 @@ def _digest(case: Case, tests: str) -> str:
 def conformance(request: pytest.FixtureRequest) -> None:
     """An op whose tests fail is not timed. A pass is remembered until the op, its tests or torch change."""
     case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
-    if case is None or request.config.getoption("--no-conformance"):
+    if case is None or request.config.getoption("--no-conformance") or request.config.getoption("--smoke"):
         return
     tests = case.tests or f"tests/ops/test_{case.op}.py"
     key = f"bench/conformance/{case.op}"
@@ -95,3 +96,16 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     for private in ("node", "cpu"):  # a host's name and its full cpuid table are nobody's business
         machine_info.pop(private, None)
     machine_info.update(describe_machine())
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The ratios, which are what counts, under pytest-benchmark's absolute times."""
+    session = getattr(terminalreporter.config, "_benchmarksession", None)
+    rows = [bench for bench in getattr(session, "benchmarks", ()) if "ratio" in bench.extra_info]
+    if rows:
+        terminalreporter.section("times faster than the baseline: median (lowest ... highest of the rounds)")
+    for bench in rows:
+        info = bench.extra_info
+        ratio = f"{info['ratio']:6.2f} ({info['ratio_low']:.2f} ... {info['ratio_high']:.2f})"
+        case = f"{info['op']}, {info['variant']}, " + " ".join(f"{k} {v}" for k, v in info["shape"].items())
+        terminalreporter.write_line(f"{ratio}  {info['provider']:<28} {case}")

@@ -9,6 +9,7 @@ call after an L2 flush on a GPU, the wall clock on a CPU.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import gc
 import importlib
@@ -56,6 +57,7 @@ class Case:
     tests: str = ""  # conformance tests that must pass; tests/ops/test_<op>.py if empty
     budget: float = 2e-2  # providers' results may differ so much from the baseline's, relative to its largest value
     rounds: int = ROUNDS
+    note: str = ""  # printed below the table: why ours is slower here, what a row leaves out
     compare: bool = field(default=True)  # False where the step returns nothing to compare
 
     @property
@@ -138,6 +140,7 @@ _measured: dict[tuple[str, str], Measured] = {}
 def measure(case: Case) -> Measured:
     """All providers of the case, timed in turns; once a session."""
     key = (case.op, case.id)
+    warmup = min(WARMUP, case.rounds // 3)  # each step has already run once or twice by then
     if key in _measured:
         return _measured[key]
     where = device()
@@ -151,10 +154,10 @@ def measure(case: Case) -> Measured:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=where) if where.type == "cuda" else None
     clock = functools.partial(_clock_cuda, flush=flush) if flush is not None else _clock_cpu
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(WARMUP + case.rounds):
+    for round_ in range(warmup + case.rounds):
         for name, sets in steps.items():
             sample = clock(sets[round_ % len(sets)])
-            if round_ >= WARMUP:
+            if round_ >= warmup:
                 seconds[name].append(sample)
     _measured[key] = Measured(seconds, missing, difference)
     del steps
@@ -257,8 +260,14 @@ class _Replay:
 def record(benchmark, request, case: Case, provider: str) -> None:
     """Fill one pytest-benchmark row: samples, ratio to the baseline, extra peak memory, share of the floor.
 
-    Fails where the provider's results leave the case's budget; skips what is not installed.
+    Fails where the provider's results leave the case's budget; skips what is not installed. `--smoke` runs two rounds
+    of each module's first case, to see that it works.
     """
+    smoke = request.config.getoption("--smoke")
+    if smoke:
+        if case is not request.module.CASES[0]:
+            pytest.skip("--smoke: the first case of a module alone")
+        case = dataclasses.replace(case, rounds=2)
     measured = measure(case)
     if provider in measured.missing:
         pytest.skip(f"{provider}: {measured.missing[provider]}")
@@ -282,7 +291,9 @@ def record(benchmark, request, case: Case, provider: str) -> None:
         if ceilings is not None and case.dtype in ceilings.flops:
             floor = cost_model.floor_seconds(case.cost, ceilings, case.dtype)
             info.update(floor_seconds=floor, of_floor=floor / sorted(samples)[len(samples) // 2])
-    if not request.config.getoption("--no-memory"):
+    if case.note:
+        info["note"] = case.note
+    if not smoke and not request.config.getoption("--no-memory"):
         info["extra_peak_mib"] = peak_in_child(request.module.__name__, case, provider)
     timer, benchmark._timer = benchmark._timer, _Replay(samples)
     try:

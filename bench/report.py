@@ -90,6 +90,8 @@ def table(rows: list[dict]) -> list[str]:
             floor = f"{100 * row['of_floor']:.0f} %" if "of_floor" in row else ""
             lines.append(f"| {label} | {row['provider']} | {ratio} | {times} | {_mib(row)} | {floor} |")
         lines.append("")
+        notes = {row["variant"]: row["note"] for row in mine if row.get("note")}
+        lines += [f"{variant}: {note}" for variant, note in notes.items()] + [""] * bool(notes)
     return lines
 
 

@@ -115,8 +115,11 @@ def varlen_cross_attention(B: int, Lq: int, Lk: int, H: int, d: int, dtype: str,
 
 
 def alignment_adapter(B: int, T: int, d_in: int, D: int, ffn: int, heads_over_time: bool, dtype: str) -> Cost:
-    """Forward and backward: projection, four attention projections, feed-forward; attention over time if paper."""
-    weights = d_in * D + 4 * D * D + 2 * D * ffn
+    """Forward and backward: projection, attention, feed-forward; attention over time if paper.
+
+    Released, over an axis of length 1: its query and key projections change nothing and need not be computed.
+    """
+    weights = d_in * D + (4 if heads_over_time else 2) * D * D + 2 * D * ffn
     flops = 3 * 2.0 * B * T * weights + (3 * 4.0 * B * T * T * D if heads_over_time else 0)
     return Cost(flops, 3 * weights * ITEM[dtype] + 6 * B * T * D * ITEM[dtype])
 

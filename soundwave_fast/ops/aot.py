@@ -18,8 +18,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -297,6 +299,7 @@ def table(kernels: list[Kernel]) -> str:
         "",
         f"<!-- sources {sources_digest()} -->",
         "",
+        *_summary(kernels, targets),
         "| kernel | variant | warps | stages | " + " | ".join(targets) + " |",
         "|" + "---|" * (4 + len(targets)),
     ]
@@ -315,15 +318,32 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _summary(kernels: list[Kernel], targets: list[str]) -> list[str]:
+    """A line a chip: how many kernels, the worst of each resource with its limit, which matrix instructions."""
+    lines = [
+        "| chip | kernels | most registers | bytes spilled (budget) | shared KiB (limit) | matrix instructions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for target in targets:
+        own = [kernel for kernel in kernels if kernel.target == target]
+        worst = [max(getattr(kernel, name) for kernel in own) for name in ("registers", "spill_bytes", "shared_bytes")]
+        shared = f"{worst[2] / 1024:.0f} ({own[0].limit / 1024:.0f})"
+        matrix = ", ".join(sorted({kernel.matrix for kernel in own} - {""}))
+        lines.append(f"| {target} | {len(own)} | {worst[0]} | {worst[1]} ({SPILL_BYTES}) | {shared} | {matrix} |")
+    return [*lines, ""]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="soundwave_fast.ops.aot", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="CHIP")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
     parser.add_argument("--write", type=Path, metavar="FILE")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, one a chip [%(default)s]")
     args = parser.parse_args(argv)
     kernels = []
-    for target in args.targets:
-        found = inspect(target, tuple(args.dtypes))
+    with ProcessPoolExecutor(max(args.jobs, 1), get_context("spawn")) as pool:
+        results = list(pool.map(inspect, args.targets, [tuple(args.dtypes)] * len(args.targets)))
+    for target, found in zip(args.targets, results):
         print(f"{target}: {len(found)} kernels, {sum(not kernel.fits for kernel in found)} do not fit", file=sys.stderr)
         kernels += found
     text = table(kernels)

@@ -7,10 +7,12 @@ Every op `name` has two modules of equal functions: `csrc_triton/name` (launcher
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
 _forced: str | None = None
@@ -56,3 +58,41 @@ def refuse_dtensor(op: str, **tensors: Tensor | None) -> None:
                 f"{name} is a DTensor: call {op} inside the forward of the module that owns {name} (fully_shard hands "
                 f"it over whole there), or pass {name}.full_tensor()"
             )
+
+
+def _traced(inputs: tuple) -> bool:
+    """Whether something other than eager execution must see the op: a compiler, a dispatch mode, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in inputs)
+    )
+
+
+def shortcut(op: Callable, save: Callable | None = None, backward: Callable | None = None) -> Callable:
+    """The custom op `op`; its body alone, where nothing traces it.
+
+    Dispatching a Python custom op takes about 0.1 ms forward and as much backward, which is what the work of the small
+    ops takes on a CPU (bench/LOG.md). With `save` and `backward`, those given to `op.register_autograd`, it is
+    differentiable, once.
+    """
+    body = getattr(op, "_init_fn", None)
+    if body is None:  # a torch that keeps it elsewhere
+        return op
+    run: Any = body
+    if backward is not None:
+
+        def forward(ctx, *inputs):
+            output = body(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        once = torch.autograd.function.once_differentiable(backward)
+        members = {"forward": staticmethod(forward), "backward": staticmethod(once)}
+        run = type("Eager", (torch.autograd.Function,), members).apply
+
+    def call(*inputs):
+        return op(*inputs) if _traced(inputs) else run(*inputs)
+
+    return call

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soundwave_fast.ops.backend import shortcut
+
 
 @functools.cache
 def _has_onednn() -> bool:
@@ -71,7 +73,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     if not plain or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    return _linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    return _run(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 @torch.library.custom_op("soundwave_fast::linear", mutates_args=())
@@ -109,8 +111,10 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_NO):
     need_x, need_weight, need_bias = ctx.needs_input_grad
-    dx, dweight = _linear_backward(grad_NO, *ctx.saved_tensors, need_x, need_weight)
+    dx, dweight = _run_backward(grad_NO, *ctx.saved_tensors, need_x, need_weight)
     return dx if need_x else None, dweight if need_weight else None, grad_NO.sum(0) if need_bias else None
 
 
 _linear.register_autograd(_backward, setup_context=_save)
+_run = shortcut(_linear, _save, _backward)
+_run_backward = shortcut(_linear_backward)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from soundwave_fast.ops.backend import implementation, refuse_dtensor
+from soundwave_fast.ops.backend import implementation, refuse_dtensor, shortcut
 from soundwave_fast.packed import Packed
 
 _CAPACITY_STEP = 256
@@ -46,7 +46,7 @@ def ctc_peaks(
         capacity = -(-tokens.numel() // _CAPACITY_STEP) * _CAPACITY_STEP
     elif capacity < 0:
         raise ValueError(f"capacity must not be negative, got {capacity}")
-    return _ctc_peaks(tokens, lengths_B, blank, drop_blank, scores if select == "peak" else None, capacity)
+    return _find_peaks(tokens, lengths_B, blank, drop_blank, scores if select == "peak" else None, capacity)
 
 
 def peak_gather(
@@ -79,9 +79,7 @@ def peak_gather(
         raise ValueError(f"capacity must not be negative, got {capacity}")
     lengths_B = _check("peak_gather", tokens, lengths, blank, drop_blank, select, scores)
     scores = scores if select == "peak" else None
-    data, index, cu_seqlens, counts, longest = _peak_gather(
-        features, tokens, lengths_B, blank, drop_blank, scores, capacity
-    )
+    data, index, cu_seqlens, counts, longest = _gather(features, tokens, lengths_B, blank, drop_blank, scores, capacity)
     return Packed(data, cu_seqlens, counts, longest.shape[0], index)
 
 
@@ -213,13 +211,17 @@ def _(grad, index, cu_seqlens, batch, frames):
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1], output[2])
     ctx.frames = inputs[1].shape
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
     out = None
     if ctx.needs_input_grad[0]:
-        out = _peak_gather_backward(grad, *ctx.saved_tensors, *ctx.frames)
+        out = _scatter(grad, *ctx.saved_tensors, *ctx.frames)
     return out, None, None, None, None, None, None
 
 
 _peak_gather.register_autograd(_backward, setup_context=_save)
+_find_peaks = shortcut(_ctc_peaks)
+_gather = shortcut(_peak_gather, _save, _backward)
+_scatter = shortcut(_peak_gather_backward)

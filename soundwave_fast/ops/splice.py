@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soundwave_fast.ops.backend import implementation, refuse_dtensor
+from soundwave_fast.ops.backend import implementation, refuse_dtensor, shortcut
 from soundwave_fast.packed import Packed
 
 _LAYOUTS = ("right", "left", "packed")
@@ -59,7 +59,7 @@ def splice(
     checked on the CPU, under torch.compile too); TypeError for dtypes.
     """
     _check(text_embeds, audio, placeholder_mask, attention_mask, labels, layout, max_length)
-    embeds, mask, position_ids, new_labels, cu_seqlens, lengths, *_ = _splice(
+    embeds, mask, position_ids, new_labels, cu_seqlens, lengths, *_ = _run(
         text_embeds, audio.data, audio.cu_seqlens, placeholder_mask, attention_mask, labels, layout, max_length
     )
     mask = None if layout == "packed" else mask
@@ -199,18 +199,22 @@ def _save(ctx, inputs, output) -> None:
     *_, cu_seqlens, lengths, ends, segment, home = output
     ctx.save_for_backward(audio_cu_seqlens, ends, segment, home, lengths, cu_seqlens)
     ctx.rows, ctx.dtype = audio.shape[0], audio.dtype
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
     audio_cu_seqlens, ends, segment, home, lengths, cu_seqlens = ctx.saved_tensors
     text = audio = None
     if ctx.needs_input_grad[0]:
-        text = _splice_text_backward(grad, ends, segment, lengths, cu_seqlens, ctx.layout)
+        text = _text_backward(grad, ends, segment, lengths, cu_seqlens, ctx.layout)
     if ctx.needs_input_grad[1]:
-        audio = _splice_audio_backward(
+        audio = _audio_backward(
             grad, audio_cu_seqlens, ends, home, lengths, cu_seqlens, ctx.layout, ctx.rows, ctx.dtype
         )
     return text, audio, None, None, None, None, None, None
 
 
 _splice.register_autograd(_backward, setup_context=_save)
+_run = shortcut(_splice, _save, _backward)
+_text_backward = shortcut(_splice_text_backward)
+_audio_backward = shortcut(_splice_audio_backward)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soundwave_fast.ops import attention_backends
-from soundwave_fast.ops.backend import refuse_dtensor
+from soundwave_fast.ops.backend import refuse_dtensor, shortcut
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -58,7 +58,7 @@ def varlen_cross_attention(
         # The kernels read their seed on the device, torch's generators take theirs from the host: neither waits.
         seed = torch.randint(1 << 62, (1,), device=q.device if backend == "triton" else "cpu")
     keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return _varlen_cross_attention(q, k, v, *sizes, seed, backend, keep)[0]
+    return _run(q, k, v, *sizes, seed, backend, keep)[0]
 
 
 def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p) -> None:
@@ -178,10 +178,10 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _):
     *tensors, seed = ctx.saved_tensors
     need_q, need_k, need_v = ctx.needs_input_grad[:3]
-    dq, dk, dv = _varlen_cross_attention_backward(
-        grad, *tensors, *ctx.numbers, seed, ctx.backend, need_q, need_k or need_v
-    )
+    dq, dk, dv = _run_backward(grad, *tensors, *ctx.numbers, seed, ctx.backend, need_q, need_k or need_v)
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, *[None] * 9
 
 
 _varlen_cross_attention.register_autograd(_backward, setup_context=_save)
+_run = shortcut(_varlen_cross_attention, _save, _backward)
+_run_backward = shortcut(_varlen_cross_attention_backward)

@@ -1,0 +1,19 @@
+"""Every benchmark runs: the first case of each file, all providers, results within their budgets, ratios printed."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from bench.harness import ROOT
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs():
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--smoke", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout[-3000:]
+    rows = re.findall(r"^ *\d+\.\d\d \(\d+\.\d\d \.\.\. \d+\.\d\d\)  (\S.*?)  +(\w+), ", done.stdout, re.M)
+    files = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")}
+    assert {op for provider, op in rows if provider == "ours"} >= files, "a file whose own row has no ratio"
