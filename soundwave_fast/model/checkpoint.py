@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, WhisperModel
 
 from soundwave_fast.model.config import SoundwaveConfig
+from soundwave_fast.model.lora import has_lora
 
 ADAPTERS = "adapters.safetensors"
 LORA = "lora"
@@ -23,19 +25,27 @@ def is_stage_directory(name: str | os.PathLike) -> bool:
     return (Path(name) / ADAPTERS).is_file()
 
 
-def load_whisper_encoder(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def part_of(attn_implementation: str | dict | None, part: str) -> str | None:
+    """What an `attn_implementation` says of one part: 'audio_config' or 'text_config'."""
+    return attn_implementation.get(part) if isinstance(attn_implementation, dict) else attn_implementation
+
+
+def load_whisper_encoder(
+    name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+) -> nn.Module:
     """The encoder of a Whisper folder or hub name, frozen.
 
     Raises:
         OSError: nothing can be loaded from `name`.
     """
-    encoder = WhisperModel.from_pretrained(name, dtype=dtype).encoder
+    encoder = WhisperModel.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation).encoder
     return encoder.requires_grad_(False).eval()
 
 
-def load_llm(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_llm(name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> nn.Module:
     """A causal LLM, frozen."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).requires_grad_(False).eval()
+    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
+    return llm.requires_grad_(False).eval()
 
 
 def load_token_embedding(name: str, dtype: torch.dtype = torch.float32) -> nn.Embedding:
@@ -62,11 +72,13 @@ def from_parts(
     config: SoundwaveConfig,
     dtype: torch.dtype = torch.float32,
     with_language_model: bool = True,
+    attn_implementation: str | dict | None = None,
 ) -> Any:
     """Model with the frozen parts `config` names and fresh float32 adapters.
 
     Args:
         dtype: of the frozen parts.
+        attn_implementation: a name, or one for each of 'audio_config' and 'text_config'.
         with_language_model: False loads no more of the LLM than its token embedding.
 
     Raises:
@@ -74,8 +86,9 @@ def from_parts(
     """
     if not config.audio_tower or not config.language_model:
         raise ValueError("config: audio_tower and language_model must name the parts to load")
-    encoder = load_whisper_encoder(config.audio_tower, dtype)
-    llm = load_llm(config.language_model, dtype) if with_language_model else None
+    encoder = load_whisper_encoder(config.audio_tower, dtype, part_of(attn_implementation, "audio_config"))
+    text_attention = part_of(attn_implementation, "text_config")
+    llm = load_llm(config.language_model, dtype, text_attention) if with_language_model else None
     model = cls(config, audio_tower=encoder, language_model=llm, with_language_model=with_language_model)
     if not with_language_model:
         model.token_embedding = load_token_embedding(config.language_model, dtype)
@@ -143,24 +156,72 @@ def load_adapters(model: Any, path: Path, parts: tuple[str, ...] = TRAINED) -> N
     model.load_state_dict(saved, strict=False)
 
 
-def load_lora(model: Any, path: Path, trainable: bool = False) -> None:
-    """Put the LoRA of a stage directory around the LLM, if it has one."""
-    if (path / LORA / "adapter_config.json").is_file():
-        from peft import PeftModel
+def save_lora(model: Any, path: Path) -> None:
+    """LoRA as an ordinary PEFT folder; an older one is removed where the model has none."""
+    if has_lora(model.language_model):
+        model.language_model.save_pretrained(path / LORA)
+    elif (path / LORA / "adapter_config.json").is_file():
+        shutil.rmtree(path / LORA)
 
-        model.language_model = PeftModel.from_pretrained(model.language_model, path / LORA, is_trainable=trainable)
+
+def load_lora(model: Any, path: Path, trainable: bool = False, as_saved: bool = False) -> None:
+    """Put the LoRA of a directory around the LLM, if it has one.
+
+    Args:
+        as_saved: keep the file's dtype, where peft would make bfloat16 and float16 float32.
+    """
+    if not (path / LORA / "adapter_config.json").is_file():
+        return
+    from peft import PeftModel
+
+    model.language_model = PeftModel.from_pretrained(model.language_model, path / LORA, is_trainable=trainable)
+    file = path / LORA / "adapter_model.safetensors"
+    if as_saved and file.is_file():
+        with safe_open(file, framework="pt") as tensors:
+            dtypes = {tensors.get_tensor(name).dtype for name in tensors.keys()}
+        if len(dtypes) == 1:
+            dtype = dtypes.pop()
+            for name, parameter in model.language_model.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.to(dtype)
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """Parameters to another dtype, in place. Not `model.to`: it would round the LLM's rotary frequencies as well."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def own_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`from_pretrained`'s arguments that apply to a directory it does not load through transformers.
+
+    Raises:
+        TypeError: any other, but for those that auto classes add.
+    """
+    known = ("dtype", "with_language_model", "attn_implementation", "audio_tower")
+    by_auto_classes = ("config", "_commit_hash", "trust_remote_code", "adapter_kwargs", "code_revision")
+    kwargs = {k: v for k, v in kwargs.items() if k not in by_auto_classes and v is not None}
+    dtype = kwargs.pop("torch_dtype", None)
+    dtype = kwargs.pop("dtype", dtype)
+    if unknown := sorted(kwargs.keys() - set(known)):
+        raise TypeError(f"from_pretrained: {', '.join(unknown)} cannot be given for this kind of directory")
+    dtype = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return {**kwargs, "dtype": dtype}
 
 
 def from_stage_directory(
-    cls: type, path: Path, dtype: torch.dtype | None = None, with_language_model: bool | None = None
+    cls: type,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    with_language_model: bool | None = None,
+    attn_implementation: str | dict | None = None,
 ) -> Any:
     """The whole model as a stage left it: frozen parts from where the config says, adapters and LoRA from `path`."""
     config = SoundwaveConfig.from_pretrained(path)
     with_language_model = True if with_language_model is None else with_language_model
-    model = from_parts(cls, config, dtype or torch.float32, with_language_model)
+    model = from_parts(cls, config, dtype or torch.float32, with_language_model, attn_implementation)
     load_adapters(model, path)
     if with_language_model:
         load_lora(model, path)
-    if dtype is not None and dtype != torch.float32:
-        model.to(dtype)
-    return model.eval()
+    return (model if dtype is None else cast(model, dtype)).eval()

@@ -36,6 +36,7 @@ _CHOICES = {
     "encoder_pad": ("longest", "30s"),
     "ctc_head": ("tied", "free"),
     "attention_backend": BACKENDS,
+    "lora_without_audio": (True, False),
 }
 
 
@@ -55,6 +56,10 @@ class SoundwaveConfig(PreTrainedConfig):
             'free' is a trainable `Linear(hidden, vocabulary)` as released.
         ctc_weight: weight of the CTC loss beside cross-entropy (0.3 in the paper).
         adapter_dropout: dropout of both adapters (0.1 as released).
+        lora_without_audio: whether LoRA stays on in `generate` for prompts without audio. False gives them the LLM as
+            it was before training. Weights with LoRA merged into them (the released ones) have nothing to switch off.
+        released: what a released-format checkpoint came with, kept for writing it back: its config.json (`config`) and
+            the prefixes of its parameter names (`layout`); see `released.py`.
         attention_backend: what computes the look-back attention: 'auto', 'triton', 'torch', or an installed peer,
             'varlen_attn', 'flash_attn' or 'xformers' (see `soundwave_fast.ops.varlen_cross_attention`).
 
@@ -79,6 +84,8 @@ class SoundwaveConfig(PreTrainedConfig):
         ctc_weight: float = 0.3,
         adapter_dropout: float = 0.1,
         attention_backend: str = "auto",
+        lora_without_audio: bool = True,
+        released: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if semantics not in SEMANTICS:
@@ -96,6 +103,8 @@ class SoundwaveConfig(PreTrainedConfig):
         self.ctc_weight = ctc_weight
         self.adapter_dropout = adapter_dropout
         self.attention_backend = attention_backend
+        self.lora_without_audio = lora_without_audio
+        self.released = released
         for key, value in SEMANTICS[semantics].items():
             setattr(self, key, kwargs.pop(key, value))
         for key, choices in _CHOICES.items():

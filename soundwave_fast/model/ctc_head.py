@@ -88,6 +88,10 @@ class CTCHead(nn.Module):
             raise ValueError("candidates: does not contain every target token")
         return position, len(candidates)
 
+    def forward(self, hidden_BTD: Tensor, embedding_VD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`greedy`."""
+        return self.greedy(hidden_BTD, embedding_VD)
+
     @torch.no_grad()
     def greedy(
         self,

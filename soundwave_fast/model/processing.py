@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,10 @@ from transformers import AutoTokenizer, BatchFeature, WhisperFeatureExtractor
 from transformers.processing_utils import ProcessorMixin
 
 from soundwave_fast.audio import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, as_mono_16k, load_audio, trim_end
+from soundwave_fast.model.chat import AUDIO_TOKEN, RELEASED_TEMPLATE, flatten, read_item
+from soundwave_fast.model.released_reading import is_released_directory, read_config
 from soundwave_fast.model.whisper import EDGE_MELS
 
-AUDIO_TOKEN = "<audio_patch>"  # the released tokenizer's name for the placeholder
 HOP = 160  # samples per mel frame
 MEL_MULTIPLE = 4  # conv2's stride 2 x the alignment adapter's stack of 2
 
@@ -26,16 +29,23 @@ class SoundwaveProcessor(ProcessorMixin):
 
     Args:
         encoder_pad: 'longest' pads a batch to its longest utterance, '30s' every utterance to 30 s (released).
+        audio_separator: what follows a placeholder in a message that goes on.
     """
 
     def __init__(
-        self, feature_extractor=None, tokenizer=None, chat_template: str | None = None, encoder_pad: str = "longest"
+        self,
+        feature_extractor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        encoder_pad: str = "longest",
+        audio_separator: str = "\n",
     ):
         if tokenizer.convert_tokens_to_ids(AUDIO_TOKEN) in (None, tokenizer.unk_token_id):
             tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.encoder_pad = encoder_pad
+        self.audio_separator = audio_separator
         self.audio_token = AUDIO_TOKEN
         self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
@@ -47,6 +57,30 @@ class SoundwaveProcessor(ProcessorMixin):
         """From a Whisper folder or hub name and an LLM's; the placeholder is added to the LLM's tokenizer."""
         extractor = WhisperFeatureExtractor.from_pretrained(whisper)
         return cls(extractor, AutoTokenizer.from_pretrained(llm), chat_template=chat_template, encoder_pad=encoder_pad)
+
+    @classmethod
+    def from_released(cls, path: str | Path, audio_tower: str | None = None) -> SoundwaveProcessor:
+        """Of a released-format directory: its tokenizer, the feature extractor of its Whisper, the authors' prompts.
+
+        Raises:
+            OSError, ValueError: no tokenizer there, or no such Whisper.
+        """
+        config = read_config(path, audio_tower)
+        try:
+            extractor = WhisperFeatureExtractor.from_pretrained(config.audio_tower)
+        except OSError:  # a Whisper folder with a model alone
+            extractor = WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        llama3 = "<|start_header_id|>" in tokenizer.get_vocab()
+        template, separator = (RELEASED_TEMPLATE, "") if llama3 else (None, "\n")
+        return cls(extractor, tokenizer, template, encoder_pad=config.encoder_pad, audio_separator=separator)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> SoundwaveProcessor:
+        """Of a stage directory, a saved model, or a released-format directory."""
+        if is_released_directory(name):
+            return cls.from_released(name)
+        return super().from_pretrained(name, *args, **kwargs)
 
     # -- audio -------------------------------------------------------------------------------------------------
 
@@ -99,13 +133,51 @@ class SoundwaveProcessor(ProcessorMixin):
 
     def prompt(self, instruction: str, audios: int = 1) -> str:
         """One user turn (placeholders, then the instruction) in the LLM's chat format, ready for the answer."""
-        content = (AUDIO_TOKEN + "\n") * audios + instruction
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+        content = (AUDIO_TOKEN + self.audio_separator) * audios + instruction
+        return self._render([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def _render(self, messages: list[dict], chat_template: str | None = None, **kwargs: Any) -> str:
+        template = chat_template or self.chat_template
+        return self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping] | Sequence[Sequence[Mapping]],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> Any:
+        """Prompts of one conversation or a list of them, with audio among the contents of their messages.
+
+            [{"role": "user", "content": [{"type": "audio", "path": "a.wav"}, {"type": "text", "text": "Who speaks?"}]}]
+
+        An audio item names its source as `path`, `url`, or `audio` (a path, or a waveform (samples,) with
+        `sampling_rate`); see `soundwave_fast.model.chat.read_item`. Any number of them may stand anywhere.
+
+        Args:
+            tokenize: False returns the text with one placeholder per audio; True reads the audio.
+            return_dict: with `tokenize`, True returns all the model's inputs, as `processor(...)` makes them; False
+                the ids alone.
+            kwargs: what the tokenizer's `apply_chat_template` takes (`add_generation_prompt`, `tools`, ...).
+
+        Raises:
+            FileNotFoundError: audio that is not there.
+            ValueError: a conversation of another form, audio that is no good, a URL while offline.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors: {return_tensors!r}; only 'pt' is made")
+        one = not conversation or isinstance(conversation[0], Mapping)
+        texts, items = [], []
+        for single in [conversation] if one else conversation:
+            messages, found = flatten(single, AUDIO_TOKEN, self.audio_separator)
+            texts.append(self._render(messages, chat_template, **kwargs))
+            items += found
+        if not tokenize:
+            return texts[0] if one else texts
+        inputs = self(text=texts, audio=[read_item(item) for item in items])
+        return inputs if return_dict else inputs["input_ids"]
 
     def answer_ids(self, answer: str) -> list[int]:
         """Token ids of an answer and the end of its turn."""
@@ -138,12 +210,10 @@ class SoundwaveProcessor(ProcessorMixin):
             if wanted != len(audios):
                 raise ValueError(f"audio: {len(audios)} given, the prompts have {wanted} placeholders {AUDIO_TOKEN}")
             out.update(
-                self.tokenizer(
-                    texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-                )
+                self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
             )
         if audios:
-            waves = [load_audio(a) if not hasattr(a, "shape") else as_mono_16k(a, sampling_rate) for a in audios]
+            waves = [as_mono_16k(a, sampling_rate) if hasattr(a, "shape") else load_audio(a) for a in audios]
             out["input_features"] = self.pad_mels([self.log_mel(w) for w in waves])
             out["feature_lengths"] = torch.tensor([self.mel_length(w) for w in waves])
         return BatchFeature(out)

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import ModelOutput
 
-from soundwave_fast.model import checkpoint
+from soundwave_fast.model import checkpoint, released_reading
 from soundwave_fast.model.alignment_adapter import STACK, AlignmentAdapter
 from soundwave_fast.model.config import SoundwaveConfig
 from soundwave_fast.model.ctc_head import CTCHead
+from soundwave_fast.model.generation import AudioGenerationMixin
+from soundwave_fast.model.lora import has_lora, llm_state_dict
 from soundwave_fast.model.losses import next_token_loss
 from soundwave_fast.model.shrinking_adapter import ShrinkingAdapter
 from soundwave_fast.model.whisper import EDGE_MELS, MEL_PER_FRAME, encode_frames
@@ -48,7 +50,7 @@ class Heard:
     ctc: tuple[Tensor, Tensor] | None
 
 
-class SoundwaveForConditionalGeneration(PreTrainedModel):
+class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
     """Soundwave (arXiv 2502.12900): frozen Whisper encoder, alignment and shrinking adapter, LLM (with LoRA).
 
     Args:
@@ -63,6 +65,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     _no_split_modules = ["WhisperEncoderLayer", "LlamaDecoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
+    supports_gradient_checkpointing = True
 
     def __init__(
         self,
@@ -96,19 +100,46 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> SoundwaveForConditionalGeneration:
-        """Load a stage directory (adapters + LoRA beside the names of the frozen parts) or a whole saved model.
+        """Load a whole saved model, a stage directory (adapters and LoRA beside the names of the frozen parts), or a
+        released-format directory.
+
+        Args:
+            dtype: of all parameters ('bfloat16', torch.bfloat16, ...); 'auto' and None: as saved (a stage directory's
+                frozen parts as float32).
+            attn_implementation: a name, or one a part: `{"audio_config": "eager", "text_config": "sdpa"}`.
+            with_language_model: False loads of the LLM its token embedding alone.
+            kwargs: of a whole saved model, whatever `PreTrainedModel.from_pretrained` takes.
 
         Raises:
             FileNotFoundError, OSError: the directory or one of the parts it names is missing.
+            TypeError: an argument that only whole saved models take.
             ValueError: weights that do not fit the config.
         """
-        if checkpoint.is_stage_directory(name):
-            return checkpoint.from_stage_directory(cls, Path(name), *args, **kwargs)
+        for known, load in (
+            (checkpoint.is_stage_directory, checkpoint.from_stage_directory),
+            (released_reading.is_released_directory, released_reading.from_released_directory),
+        ):
+            if known(name):
+                return load(cls, Path(name), *args, **checkpoint.own_arguments(kwargs))
         with_language_model = kwargs.pop("with_language_model", None)
-        model = super().from_pretrained(name, *args, **kwargs)
+        loaded = super().from_pretrained(name, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         if with_language_model is False:  # the embedding is saved inside the LLM: load both, keep the one
             model.token_embedding, model.language_model = model.get_input_embeddings(), None
-        return model
+        else:
+            checkpoint.load_lora(model, Path(name), as_saved=True)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """The whole model, as `PreTrainedModel.save_pretrained`; LoRA beside it as an ordinary PEFT folder, `lora/`."""
+        checkpoint.save_lora(self, Path(save_directory))
+        if has_lora(self.language_model) and kwargs.get("state_dict") is None:
+            state = {k: v for k, v in self.state_dict().items() if not k.startswith("language_model.")}
+            state.update({f"language_model.{k}": v for k, v in llm_state_dict(self.language_model).items()})
+            if self.config.text_config.tie_word_embeddings:
+                state.pop("language_model.lm_head.weight")
+            kwargs["state_dict"] = state
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     # -- the LLM, with or without LoRA around it ---------------------------------------------------------------
 
@@ -132,11 +163,9 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
     @torch.no_grad()
     def encode(self, input_features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Frozen Whisper: log-mel (N, mels, M), lengths -> frames (N, M // 2, d_enc), 50 a second, and lengths."""
-        window = input_features.shape[-1]
+        encoded = None
         if self.config.encoder_pad == "longest":
-            encoded = (feature_lengths + EDGE_MELS).clamp_max(window)
-        else:
-            encoded = torch.full_like(feature_lengths, window)
+            encoded = (feature_lengths + EDGE_MELS).clamp_max(input_features.shape[-1])
         frames = encode_frames(self.audio_tower, input_features, encoded)
         return frames, feature_lengths // MEL_PER_FRAME
 
@@ -168,12 +197,24 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
                 candidates=ctc_candidates,
             )
         if need_tokens and tokens is None:
-            tokens, log_probs = self.ctc_head.greedy(hidden, embedding)
+            tokens, log_probs = self.ctc_head(hidden, embedding)
         return Heard(hidden, lengths, tokens, log_probs, None if ctc is None else tuple(ctc))
 
     def shrink(self, heard: Heard) -> Packed:
         """Shrinking adapter: the kept frames, packed; .index tells where each came from."""
         return self.shrinking_adapter(heard.hidden_BTD, heard.tokens_BT, heard.lengths, heard.log_probs_BT)
+
+    def get_audio_features(
+        self,
+        input_features: Tensor | None = None,  # (N, mels, M)
+        feature_lengths: Tensor | None = None,  # (N,)
+        encoder_frames: Tensor | None = None,  # (N, T50, d_enc) instead, with frame_lengths
+        frame_lengths: Tensor | None = None,
+    ) -> Packed:  # .data (audio tokens in all, D), N segments
+        """From log-mel (or encoder frames) to the audio tokens that take the placeholders' place."""
+        if encoder_frames is None:
+            encoder_frames, frame_lengths = self.encode(input_features, feature_lengths)
+        return self.shrink(self.hear(encoder_frames, frame_lengths))
 
     # -- the whole ---------------------------------------------------------------------------------------------
 
@@ -195,11 +236,15 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         ctc_candidates: Tensor | None = None,
         encoder_frames: Tensor | None = None,  # (N, T50, d_enc) instead of input_features, with frame_lengths
         frame_lengths: Tensor | None = None,
+        packed: bool = False,  # the LLM sees the prompts end to end in one row, without padding
     ) -> SoundwaveOutput:
         """Training step or scoring. Without `language_model` (stage 1) only the CTC loss is computed.
 
         Returns logits only where no `labels` are given: with labels, only positions that predict something are scored.
+        Without audio it is the LLM's own forward.
         """
+        if encoder_frames is None and input_features is None:
+            return self._read(SoundwaveOutput(), 0.0, labels, input_ids=input_ids, attention_mask=attention_mask)
         if encoder_frames is None:
             encoder_frames, frame_lengths = self.encode(input_features, feature_lengths)
         use_llm = self.language_model is not None
@@ -215,44 +260,32 @@ class SoundwaveForConditionalGeneration(PreTrainedModel):
         if use_llm:
             audio = self.shrink(heard)
             out.audio_lengths = audio.lengths
-            spliced = self._splice(input_ids, attention_mask, labels, audio, "right")
-            llm = self.causal_lm
-            hidden = llm.model(
+            # packed: no mask; positions that start anew tell every attention of transformers where a prompt begins
+            spliced = self._splice(input_ids, attention_mask, labels, audio, "packed" if packed else "right")
+            return self._read(
+                out,
+                loss,
+                spliced.labels,
                 inputs_embeds=spliced.inputs_embeds,
                 attention_mask=spliced.attention_mask,
                 position_ids=spliced.position_ids,
-                use_cache=False,
-            ).last_hidden_state
-            if labels is None:
-                out.logits = llm.lm_head(hidden)
-            else:
-                out.ce_sum, out.ce_count = next_token_loss(hidden, llm.lm_head, spliced.labels)
-                loss = loss + out.ce_sum / out.ce_count.clamp_min(1)
+            )
         out.loss = loss if isinstance(loss, Tensor) else None
         return out
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,  # (B, L) left-padded prompts
-        attention_mask: Tensor | None = None,
-        input_features: Tensor | None = None,
-        feature_lengths: Tensor | None = None,
-        encoder_frames: Tensor | None = None,
-        frame_lengths: Tensor | None = None,
-        **kwargs: Any,  # whatever `GenerationMixin.generate` takes
-    ) -> Tensor:  # (B, new tokens)
-        """New tokens only. Prompts without audio go to the LLM as they are."""
-        if input_features is None and encoder_frames is None:
-            both = self.language_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-            return both[:, input_ids.shape[1] :]
-        if encoder_frames is None:
-            encoder_frames, frame_lengths = self.encode(input_features, feature_lengths)
-        audio = self.shrink(self.hear(encoder_frames, frame_lengths))
-        spliced = self._splice(input_ids, attention_mask, None, audio, "left")
-        return self.language_model.generate(
-            inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, **kwargs
-        )
+    def _read(
+        self, out: SoundwaveOutput, loss: Tensor | float, labels: Tensor | None, **inputs: Tensor | None
+    ) -> SoundwaveOutput:
+        """The LLM over its inputs; logits, or without them the loss, go into `out`."""
+        llm = self.causal_lm
+        hidden = llm.model(**inputs, use_cache=False).last_hidden_state
+        if labels is None:
+            out.logits = llm.lm_head(hidden)
+        else:
+            out.ce_sum, out.ce_count = next_token_loss(hidden, llm.lm_head, labels)
+            loss = loss + out.ce_sum / out.ce_count.clamp_min(1)
+        out.loss = loss if isinstance(loss, Tensor) else None
+        return out
 
     @property
     def frames_per_second(self) -> float:

@@ -16,16 +16,16 @@ EDGE_MELS = 8
 def encode_frames(
     encoder: WhisperEncoder,
     input_features: Tensor,  # (B, mels, M) log-mel, M <= 3000, zeros past each utterance's end
-    mel_lengths: Tensor,  # (B,) mel frames that count
+    mel_lengths: Tensor | None,  # (B,) mel frames that count; None: all of them
 ) -> Tensor:  # (B, M // 2, d_model); rows past an utterance's end are unspecified
     """Whisper encoder over the first `M` mel frames with sliced positions and masked padding.
 
     `WhisperEncoder.forward` insists on 30 s. Here padding is masked where it could leak: after conv1 (so that conv2
     sees the zeros it would see alone) and in every self-attention. On a full 30 s window the result equals
-    `WhisperEncoder.forward`.
+    `WhisperEncoder.forward`; without lengths there is no mask, and attention may take its fastest road.
 
     Raises:
-        ValueError: more mel frames than the encoder has positions for.
+        ValueError: more mel frames than the encoder has positions for, or padding and an attention without masks.
     """
     mels = input_features.shape[-1]
     positions = encoder.embed_positions.weight
@@ -33,16 +33,25 @@ def encode_frames(
         raise ValueError(
             f"input_features: {mels} mel frames, the encoder takes at most {MEL_PER_FRAME * positions.shape[0]} (30 s)"
         )
-    dtype = encoder.conv1.weight.dtype
-    valid_BM = torch.arange(mels, device=input_features.device) < mel_lengths[:, None]
-    x_BDM = F.gelu(encoder.conv1(input_features.to(dtype))) * valid_BM[:, None].to(dtype)
+    attention = encoder.config._attn_implementation or ""
+    if mel_lengths is not None and "flash" in attention:
+        raise ValueError(
+            f"attn_implementation: {attention} takes no padding mask, which encoder_pad='longest' needs; "
+            "pass {'audio_config': 'sdpa'}"
+        )
+    x_BDM = F.gelu(encoder.conv1(input_features.to(encoder.conv1.weight.dtype)))
+    if mel_lengths is not None:
+        valid_BM = torch.arange(mels, device=input_features.device) < mel_lengths[:, None]
+        x_BDM = x_BDM * valid_BM[:, None].to(x_BDM.dtype)
     x_BTD = F.gelu(encoder.conv2(x_BDM)).transpose(1, 2)
     frames = x_BTD.shape[1]
     x_BTD = x_BTD + positions[:frames].to(x_BTD.dtype)
-    valid_BT = valid_BM[:, ::MEL_PER_FRAME]
-    # additive form: what every attention implementation of the layers accepts
-    mask_B11T = torch.zeros_like(valid_BT, dtype=x_BTD.dtype).masked_fill(~valid_BT, torch.finfo(x_BTD.dtype).min)
-    mask_B1TT = mask_B11T[:, None, None, :].expand(-1, 1, frames, -1)
+    mask_B1TT = None
+    if mel_lengths is not None:
+        valid_BT = valid_BM[:, ::MEL_PER_FRAME]
+        # additive form: what every attention implementation of the layers accepts
+        mask_BT = torch.zeros_like(valid_BT, dtype=x_BTD.dtype).masked_fill(~valid_BT, torch.finfo(x_BTD.dtype).min)
+        mask_B1TT = mask_BT[:, None, None, :].expand(-1, 1, frames, -1)
     for layer in encoder.layers:
         x_BTD = layer(x_BTD, mask_B1TT)
         x_BTD = x_BTD[0] if isinstance(x_BTD, tuple) else x_BTD

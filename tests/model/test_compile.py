@@ -54,3 +54,28 @@ def test_adapters_compile_whole(tiny_parts, ctc_head):
             # eager leaves padding out, the graph computes it: other sizes, other orders of summation
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5 * float(y.abs().max() if y.numel() else 0) + 1e-6)
     assert len(graphs) - compiled_once <= 1, "more than one recompile over ten ragged batches"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("semantics", "ctc_head"), [("paper", "tied"), ("released", "free")])
+def test_compile_adapters_in_place(tiny_parts, semantics, ctc_head):
+    """What generation runs: encoder frames to audio tokens, the three adapters compiled in place, no grad."""
+    model, _ = tiny.make_model(tiny_parts, semantics=semantics, ctc_head=ctc_head)
+    names, batches = list(model.state_dict()), [batch(seed, B, T, 0)[:2] for seed, (B, T) in enumerate(SHAPES[:4])]
+    eager = [model.get_audio_features(encoder_frames=f, frame_lengths=n) for f, n in batches]
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    assert model.compile_adapters(backend=counting, fullgraph=True) is model
+    assert list(model.state_dict()) == names
+    with torch.no_grad():
+        for (frames, lengths), want in zip(batches, eager):
+            audio = model.get_audio_features(encoder_frames=frames, frame_lengths=lengths)
+            rows = int(want.cu_seqlens[-1])
+            assert torch.equal(audio.cu_seqlens, want.cu_seqlens)
+            torch.testing.assert_close(audio.data[:rows], want.data[:rows], rtol=1e-4, atol=1e-4)
+    assert 3 <= len(graphs) <= 6, "three adapters, each compiled once or, with its sizes no longer fixed, twice"

@@ -34,6 +34,20 @@ def test_full_window_is_whisper(encoder):
 
 
 @torch.no_grad()
+def test_a_full_window_without_lengths_is_whisper_bit_for_bit(encoder):
+    mels = torch.randn(2, 80, 3000)
+    assert torch.equal(encode_frames(encoder, mels, None), encoder(mels).last_hidden_state)
+
+
+def test_an_attention_without_masks_is_refused_where_there_is_padding():
+    config = WhisperConfig(d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64)
+    encoder = WhisperEncoder(config)
+    encoder.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash_attention_2 takes no padding mask.*'audio_config': 'sdpa'"):
+        encode_frames(encoder, torch.zeros(1, 80, 100), torch.tensor([80]))
+
+
+@torch.no_grad()
 def test_alone_is_as_in_a_batch(encoder):
     lengths = [400, 96, 4, 252]
     mels = torch.zeros(4, 80, 400)
