@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
+from itertools import islice
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from soundwave_fast.model import SoundwaveProcessor
 from soundwave_fast.model.whisper import EDGE_MELS
 from tests.model import tiny
-from train.data.batches import BatchMaker
-from train.data.manifest import Utterance, read
+from train.config import Data
+from train.data import batches
+from train.data.batches import Batch, BatchMaker, untally
+from train.data.loader import make_loader
+from train.data.manifest import read
+from train.data.utterance import Utterance
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +75,57 @@ def test_broken_audio_is_skipped_and_counted(speech_dir, processor):
     rows = read(speech_dir / "broken.jsonl")
     batch = make(rows, processor, range(5))
     assert batch.ids == [str(row.audio) for row in rows[:2]]
-    assert batch.skipped == Counter({"audio: ValueError": 2, "audio: FileNotFoundError": 1})
+    assert batch.skipped == Counter({"audio: corrupt": 1, "audio: empty": 1, "audio: missing": 1})
     assert batch.task_counts == Counter(asr=2)
 
 
 def test_audio_longer_than_a_window_is_skipped(rows, processor):
     long = dataclasses.replace(rows[0], duration=31.0)
-    assert make([long, rows[1]], processor, [0, 1]).skipped == Counter({"audio: ValueError": 1})
+    assert make([long, rows[1]], processor, [0, 1]).skipped == Counter({"audio: too long": 1})
+
+
+def sound(tmp_path, name: str, wave: np.ndarray, duration: float | None = None) -> Utterance:
+    """A row over a wav of these samples; `duration` where it says otherwise."""
+    soundfile.write(tmp_path / f"{name}.wav", wave, tiny.RATE, subtype="FLOAT")
+    return Utterance(name, tmp_path / f"{name}.wav", duration or len(wave) / tiny.RATE, text="stop")
+
+
+def test_every_cause_has_its_name(rows, processor, tmp_path):
+    wave = tiny.make_wave(0, 2.0)
+    holes = wave.copy()
+    holes[100] = float("nan")
+    items = {
+        "audio: not finite": sound(tmp_path, "nan", holes),
+        "audio: too short": sound(tmp_path, "short", wave[:800]),
+        "audio: too long": sound(tmp_path, "lies", tiny.make_wave(1, 4.0), duration=1.0),
+        "audio: empty": dataclasses.replace(rows[2], start=50.0, is_segment=True),
+        "audio: missing": dataclasses.replace(rows[2], audio=tmp_path / "gone.wav"),
+        "audio: corrupt": dataclasses.replace(rows[2], channel=1),
+    }
+    for cause, row in items.items():
+        batch = make([row, rows[1]], processor, [0, 1])
+        assert batch.skipped == Counter({cause: 1}) and len(batch.ids) == 1, cause
+
+
+def test_tallies_add_up_over_ranks(rows, processor, speech_dir):
+    broken = read(speech_dir / "broken.jsonl")
+    one = make(broken, processor, range(5))
+    other = make([*broken, dataclasses.replace(rows[2], text="z" * 40)], processor, [0, 3, 5], task="first_word")
+    drawn, skipped = untally(one.tally + other.tally)
+    assert drawn == one.task_counts + other.task_counts == Counter(asr=2, first_word=2)
+    assert skipped == one.skipped + other.skipped and skipped["audio: empty"] == 2 and len(skipped) == 4
+    silent = Batch([""], 0.0, [None], *[torch.zeros(1)] * 6)
+    assert untally(silent.tally) == (Counter(), Counter())
+
+
+def test_a_stretch_of_a_file_is_heard_alone(processor, tmp_path):
+    first, second = tiny.make_wave(0, 1.5), tiny.make_wave(1, 1.25)
+    row = sound(tmp_path, "both", np.concatenate([first, second]))
+    part = dataclasses.replace(row, start=1.5, duration=1.25, is_segment=True)
+    alone = sound(tmp_path, "second", second)
+    one, other = make([part, row], processor, [0, 1]), make([alone], processor, [0])
+    assert torch.equal(one.mels[0], other.mels[0])
+    assert len(set(one.ids)) == 2, "their cached frames are kept apart"
 
 
 @pytest.mark.parametrize("with_prompts", [True, False])
@@ -155,3 +207,70 @@ def test_a_placeholder_in_a_rows_own_text_is_refused(rows, processor, key):
     row = dataclasses.replace(rows[0], **{"prompt": "Who?", "answer": "Joe", key: "What is <audio_patch>?"})
     batch = make([row, dataclasses.replace(row, prompt="Who?", answer="Joe")], processor, [0, 1], task="given")
     assert batch.skipped.total() == 1 and len(batch.ids) == 1
+
+
+# -- the loader ------------------------------------------------------------------------------------------------
+
+FIELDS = ("mel_lengths", "input_ids", "attention_mask", "labels", "ctc_targets", "ctc_target_lengths")
+AUGMENTED = Data(
+    tasks={"asr": 1.0, "slot": 1.0, "then_slot": 1.0}, batch_seconds=9, batch_tokens=300, batch_size=4, buckets=2,
+    speed=(0.9, 1.0, 1.1), spec_augment=(2, 10, 2, 20), more_phrasings=True,
+)  # fmt: skip
+
+
+def assert_equal(one, other):
+    assert one.ids == other.ids and one.skipped == other.skipped and one.task_counts == other.task_counts
+    assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in FIELDS)
+    assert all(torch.equal(a, b) for a, b in zip(one.mels, other.mels, strict=True))
+
+
+def test_workers_make_the_same_batches(rows, processor):
+    own, worked = (
+        make_loader(rows, processor, dataclasses.replace(AUGMENTED, workers=workers), seed=0) for workers in (0, 2)
+    )
+    for one, other in islice(zip(own, worked, strict=True), 8):
+        assert_equal(one, other)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_reads_no_audio_of_the_batches_before(rows, processor, workers, tmp_path, monkeypatch):
+    """The state after 6 batches gives batches 7, 8, 9; the files only they do not name may be gone by then."""
+    data = dataclasses.replace(AUGMENTED, workers=workers)
+    loader = make_loader(rows, processor, data, seed=0)
+    stream = iter(loader)
+    for _ in range(6):
+        next(stream)
+    state = copy.deepcopy(loader.state_dict())
+    wanted = [next(stream) for _ in range(3)]
+    del stream
+    again = make_loader(rows, processor, data, seed=0)
+    again.load_state_dict(state)
+    log = tmp_path / "read.txt"
+    real = batches.load
+
+    def noted(row, *args):
+        with log.open("a") as file:  # a worker is another process
+            file.write(f"{row.key}\n")
+        return real(row, *args)
+
+    monkeypatch.setattr(batches, "load", noted)
+    for one, other in zip(wanted, again, strict=False):
+        assert_equal(one, other)
+    read_now = log.read_text().splitlines()
+    if not workers:
+        assert sorted(read_now) == sorted(key for batch in wanted for key in batch.ids)
+    else:  # and what the workers read ahead
+        assert len(read_now) <= (3 + 2 * data.prefetch) * data.batch_size
+
+
+def test_what_does_not_fit_is_counted_by_the_loader(rows, processor):
+    data = dataclasses.replace(AUGMENTED, batch_tokens=45)
+    counted = sum((batch.skipped for batch in islice(make_loader(rows, processor, data, seed=0), 20)), Counter())
+    assert counted["batch: an utterance does not fit"] > 0
+    for batch in islice(make_loader(rows, processor, data, seed=0), 20):
+        assert batch.input_ids.numel() <= 45
+
+
+def test_token_bounds_hold_for_the_real_tokens(rows, processor):
+    sizes = [batch.input_ids.numel() for batch in islice(make_loader(rows, processor, AUGMENTED, seed=0), 30)]
+    assert max(sizes) <= 300 and max(sizes) > 150

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import json
 import random
 
@@ -40,6 +42,13 @@ def test_audio_is_relative_to_the_manifest(tmp_path):
         (json.dumps({**GOOD, "audio": None}), "audio is not text"),
         (json.dumps({**GOOD, "slots": ["x"]}), "slots is not an object"),
         (json.dumps({**GOOD, "prompt": "why"}), "a prompt without an answer"),
+        (json.dumps({"id": "a", "audio_path": "a.wav", "duration": 1}), "no 'audio' (there is 'audio_path')"),
+        (json.dumps({**GOOD, "translation": "hallo"}), "translation without target_language"),
+        (json.dumps({**GOOD, "target_language": "de"}), "target_language without translation"),
+        (json.dumps({**GOOD, "emotion": ["sad"]}), "emotion ['sad'] is neither text nor a number"),
+        (json.dumps({**GOOD, "start": -1}), "start -1 is not a positive number"),
+        (json.dumps({**GOOD, "channel": "left"}), "channel 'left' is not a channel's number"),
+        (json.dumps({**GOOD, "task": "emotoin"}), "task: 'emotoin' is not one of"),
     ],
 )
 def test_a_bad_line_is_named_by_number(tmp_path, line, message):
@@ -74,6 +83,30 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
 def test_a_missing_manifest(tmp_path):
     with pytest.raises(UserError, match="no such manifest"):
         read(tmp_path / "nowhere.jsonl")
+
+
+def test_labels_and_a_stretch_of_a_file(tmp_path):
+    path = tmp_path / "m.jsonl"
+    more = {"gender": "male", "age": 34, "speaker_count": 2, "emotion": "", "start": 3.5, "channel": 1, "extra": [1]}
+    path.write_text(json.dumps({**GOOD, **more}))
+    (row,) = read(path)
+    assert row.labels == {"gender": "male", "age": "34", "speaker_count": "2"}
+    assert (row.start, row.channel, row.is_segment) == (3.5, 1, True)
+    assert row.key != dataclasses.replace(row, start=4.5).key != dataclasses.replace(row, channel=0).key
+
+
+def test_gzip(tmp_path):
+    text = "".join(json.dumps({**GOOD, "id": str(i), "text": "grüße"}) + "\n" for i in range(50))
+    plain, packed = tmp_path / "m.jsonl", tmp_path / "m.jsonl.gz"
+    plain.write_text(text, encoding="utf-8")
+    packed.write_bytes(gzip.compress(text.encode()))
+    assert read(packed) == read(plain)
+    packed.write_bytes(gzip.compress(text.encode())[:-20])
+    with pytest.raises(UserError, match="not a whole gzip file"):
+        read(packed)
+    packed.write_text(text)
+    with pytest.raises(UserError, match="not a whole gzip file"):
+        read(packed)
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------
@@ -119,12 +152,81 @@ def test_an_unknown_task():
         tasks.ask("sing", ROW, random.Random(0))
 
 
-def test_every_name_can_be_asked():
-    row = Utterance("a", "a.wav", 1.0, "turn on", {"x": "on"}, prompt="p", answer="q")
+FULL = Utterance(
+    "a", "a.wav", 1.0, "turn on", {"x": "on"}, prompt="p", answer="q", translation="mach an", target_language="de",
+    labels={"emotion": "happy", "gender": "female", "age": "34", "speaker_count": "1", "sound": "bell"},
+)  # fmt: skip
+
+
+def row_for(task: str) -> Utterance:
+    """A row that has everything, but for what tells the kinds of questions apart."""
+    return dataclasses.replace(
+        FULL,
+        prompt="" if task.endswith("spoken_qa") else "p",
+        task="instruction" if task.endswith("instruction") else "",
+    )
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_every_name_can_be_asked(more):
     for name in tasks.NAMES:
-        assert tasks.applies(name, row)
-        question, answer = tasks.ask(name, row, random.Random(0))
+        assert tasks.applies(name, row_for(name)), name
+        question, answer = tasks.ask(name, row_for(name), random.Random(0), more)
         assert question and answer and "{" not in question
+        assert name.startswith("then_") == answer.startswith("turn on\nAnswer: ")
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        ("translate", "mach an"),
+        ("emotion", "happy"),
+        ("gender", "female"),
+        ("age", "34"),
+        ("speaker_count", "1"),
+        ("sound", "bell"),
+        ("spoken_qa", "q"),
+        ("instruction", "q"),
+        ("then_spoken_qa", "turn on\nAnswer: q"),
+        ("then_translate", "turn on\nAnswer: mach an"),
+    ],
+)
+def test_answers_of_labelled_rows(task, answer):
+    question, got = tasks.ask(task, row_for(task), random.Random(1))
+    assert got == answer
+    assert ("German" in question) == ("translate" in task)
+
+
+@pytest.mark.parametrize("task", ["emotion", "translate", "spoken_qa", "instruction", "given", "slot", "then_emotion"])
+def test_a_row_without_what_a_task_needs(task):
+    assert not tasks.applies(task, Utterance("a", "a.wav", 1.0, "turn on"))
+    silent = dataclasses.replace(row_for(task), text="")
+    assert tasks.applies(task, silent) == (not task.startswith("then_")), "'then_' needs a transcript"
+
+
+def test_a_rows_task_keeps_it_from_the_others():
+    row = dataclasses.replace(FULL, task="emotion")
+    assert {task for task in tasks.NAMES if tasks.applies(task, row)} == {"emotion", "then_emotion", "given"}
+
+
+def test_more_phrasings_are_an_option():
+    """The measured recipes drew from the core alone: the same draws ask the same as before."""
+    draws = [random.Random(seed) for seed in range(200)]
+    asked = {tasks.ask("then_slot", ROW, rng)[0] for rng in draws}
+    assert asked == {tasks.THEN + q.format(name="color name") for q in tasks.PHRASINGS["slot"]}
+    more = {tasks.ask("then_slot", ROW, random.Random(seed), more=True)[0] for seed in range(400)}
+    assert asked < more and len(more) == 4 * (2 + 3)
+
+
+def test_every_task_has_several_phrasings():
+    for name, phrasings in tasks.PHRASINGS.items():
+        assert len(set(phrasings)) == len(phrasings) >= 2, name
+        assert not set(phrasings) & set(tasks.MORE.get(name, ())), name
+
+
+def test_the_nearest_task_is_named():
+    with pytest.raises(UserError, match="^data.tasks: 'transalte' is not one of asr, .*; did you mean 'translate'[?]$"):
+        tasks.check("transalte", "data.tasks")
 
 
 def test_final_answer():

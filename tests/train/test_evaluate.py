@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from soundwave_fast.model import checkpoint
 from soundwave_fast.text import word_error_rate
@@ -68,8 +69,6 @@ def test_right_and_wrong_answers(stage, speech_dir, monkeypatch):
     model = SoundwaveForConditionalGeneration.from_pretrained(stage)
     processor = SoundwaveProcessor.from_pretrained(stage)
     rows = read(speech_dir / "train.jsonl")
-    import torch
-
     says = torch.tensor(processor.answer_ids("Turn."))
     monkeypatch.setattr(model, "generate", lambda ids, *args, **kwargs: says.expand(len(ids), -1))
     scores = evaluate.evaluate(model, processor, rows, ("first_word", "then_first_word", "capitals"))
@@ -98,12 +97,35 @@ def test_nothing_that_can_be_used(stage, speech_dir, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [f"evaluate: {path}: no audio that can be used"]
 
 
+def test_the_padding_can_be_overridden(tiny_parts, speech_dir, tmp_path):
+    """The same weights under both settings; the override gives what a checkpoint with that setting gives."""
+    torch.manual_seed(5)
+    model, processor = tiny.make_model(tiny_parts)
+    tiny.add_lora(model)
+    outcomes = {}
+    for pad in ("longest", "30s"):
+        model.config.encoder_pad = processor.encoder_pad = pad
+        checkpoint.save_stage_directory(model, tmp_path / pad, processor)
+        for option in ("longest", "30s", None):
+            target = tmp_path / "out.json"
+            arguments = [str(tmp_path / pad), str(speech_dir / "valid.jsonl"), "--json", str(target)]
+            assert evaluate.main(arguments + (["--encoder-pad", option] if option else [])) == 0
+            figures = json.loads(target.read_text())
+            outcomes[pad, option] = {key: value for key, value in figures.items() if key != "seconds"}
+    for pad in ("longest", "30s"):
+        assert outcomes[pad, None] == outcomes[pad, pad] == outcomes["30s" if pad == "longest" else "longest", pad]
+    assert outcomes["longest", "longest"] != outcomes["30s", "30s"], "they are heard differently"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["STAGE", "nowhere.jsonl"], "nowhere.jsonl: no such manifest"),
         (["nowhere", "VALID"], "evaluate: "),
         (["STAGE", "VALID", "--questions", "asr,sing"], "--questions: 'sing' is not one of"),
+        (["STAGE", "VALID", "--questions", "emotoin"], "did you mean 'emotion'?"),
+        (["STAGE", "VALID", "--limit", "-1"], "--limit: must be at least 0, got -1"),
+        (["STAGE", "VALID", "--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_one_line(stage, speech_dir, capsys, arguments, message):

@@ -13,7 +13,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from train.config import Data, UserError
 from train.data import sampler
-from train.data.manifest import Utterance
+from train.data.augment import speed_of
+from train.data.utterance import Utterance
 
 ROWS = [
     Utterance(f"u{i}", f"{i}.wav", 0.5 + 0.1 * (i % 23), text="some words", slots={"x": "y"} if i % 8 == 0 else {})
@@ -31,11 +32,83 @@ def test_a_pure_function_of_the_seed():
     assert batches(40) == batches(40) != batches(40, seed=1)
 
 
-def test_batches_keep_within_their_limits():
-    for batch in batches(60):
-        durations = sorted(ROWS[row].duration for row, _, _ in batch)
-        # a batch is closed once one more like its longest would not fit; the last cut may be longer than those before
-        assert len(batch) <= 6 and len(batch) * durations[-2:][0] <= 8.0 + 1e-6
+@pytest.mark.parametrize("seconds", [5.0, 8.0, 21.3])
+def test_batches_keep_within_their_limits(seconds):
+    data = dataclasses.replace(DATA, batch_seconds=seconds)
+    full = 0
+    for batch in batches(150, data=data):
+        longest = max(ROWS[row].duration for row, _, _ in batch)
+        assert len(batch) <= 6 and len(batch) * longest <= seconds * (1 + 1e-6), "padding included, without exception"
+        full += len(batch) == 6 or (len(batch) + 1) * longest > 0.75 * seconds
+    assert full > 130, "and yet they are about full"
+
+
+def positions(row: Utterance, task: str, draw: int) -> int:
+    """A stand-in for the tokens of a draw: short sounds may have long answers."""
+    return 10 + (int(row.id[1:]) * 37 + draw) % 90 + (200 if row.id == "u5" else 0)
+
+
+def test_tokens_bound_a_batch():
+    data = dataclasses.replace(DATA, batch_tokens=250, batch_size=100)
+    tight = 0
+    for cuts in islice(iter(sampler.build(ROWS, data, 0, 0, 1, measure=positions)), 200):
+        drawn = [(ROWS[c.custom["row"]], c.custom["task"], c.custom["draw"]) for c in cuts]
+        most = max(positions(*one) for one in drawn)
+        assert len(drawn) * most <= 250 and len(drawn) * max(row.duration for row, _, _ in drawn) <= 8.0 + 1e-6
+        tight += (len(drawn) + 1) * most > 250
+    assert tight > 50, "the tokens decide in many of them"
+    loose = islice(
+        iter(sampler.build(ROWS, dataclasses.replace(data, batch_tokens=0), 0, 0, 1, measure=positions)), 200
+    )
+    assert any(len(c) * max(positions(ROWS[x.custom["row"]], "", x.custom["draw"]) for x in c) > 250 for c in loose)
+
+
+def test_what_no_batch_can_hold_is_left_out_and_counted():
+    data = dataclasses.replace(DATA, batch_tokens=150)
+    mux = sampler.TemperatureMux({"asr": list(range(160))}, {"asr": 1.0}, data, ROWS, 0, measure=positions)
+    cuts = list(islice(iter(mux), 159))  # an epoch without u5
+    assert {cut.custom["row"] for cut in cuts} == set(range(160)) - {5}
+    assert sum(cut.custom["left_out"] for cut in cuts) <= 1
+    assert sum(cut.custom["left_out"] for cut in islice(iter(mux), 160 * 3)) == 3
+    with pytest.raises(UserError, match="no utterance fits a batch"):
+        sampler.build(ROWS, dataclasses.replace(DATA, batch_tokens=5), 0, 0, 1, measure=positions)
+
+
+def test_slowed_utterances_count_as_long_as_they_are():
+    data = dataclasses.replace(DATA, speed=(0.5, 1.0), tasks={"asr": 1.0})
+    slowed = 0
+    for batch in batches(100, data=data):
+        durations = [ROWS[row].duration / speed_of(data.speed, ROWS[row].duration, 0, draw) for row, _, draw in batch]
+        assert len(batch) * max(durations) <= 8.0 + 1e-6
+        slowed += sum(d > ROWS[row].duration for d, (row, _, _) in zip(durations, batch, strict=True))
+    assert 0.4 < slowed / sum(map(len, batches(100, data=data))) < 0.6
+
+
+def test_rows_out_of_bounds_are_left_out_by_cause():
+    more = [
+        Utterance("long", "a.wav", 9.0, text="x"),
+        Utterance("short", "b.wav", 0.05, text="x"),
+        Utterance("mute", "c.wav", 1.0),
+        Utterance("sad", "d.wav", 1.0, text="x", task="emotion"),
+    ]
+    sources, out = sampler.sources_of([*ROWS, *more], DATA)
+    assert out == {"audio: too long": 1, "audio: too short": 1, "text: empty": 1, "task: none applies": 1}
+    assert sources["asr"] == list(range(160))
+    with pytest.raises(UserError, match="40 of 200 rows cannot be used: .*too short': 40.* .data.max_bad_share."):
+        sampler.sources_of([*ROWS, *more[1:2] * 40], DATA)
+
+
+def test_the_temperature_goes_on_where_the_draws_are_counted_from():
+    data = dataclasses.replace(DATA, temperature=(1.0, 100.0))
+    sources = {"asr": list(range(160)), "slot": list(range(0, 160, 8))}
+
+    def slots(first: int) -> int:
+        mux = sampler.TemperatureMux(sources, data.tasks, data, ROWS, seed=3, first=first)
+        cuts = list(islice(iter(mux), 170))
+        assert [cut.custom["draw"] for cut in cuts] == list(range(first, first + 170))
+        return sum(cut.custom["task"] == "slot" for cut in cuts)
+
+    assert slots(0) < 40 < 60 < slots(180 * 3)
 
 
 def test_lengths_are_bucketed():

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 from train.config import UserError
-from train.data.manifest import read
+from train.data import lhotse_manifest
+from train.data.jsonl import lines
+from train.data.manifest import as_row, read
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         held = set(names[: max(1, round(len(names) * args.held_out))])
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        raw = [json.loads(line) for line in Path(args.manifest).read_text(encoding="utf-8").split("\n") if line.strip()]
+        raw = [row for _, row in lines(Path(args.manifest))]
+        if lhotse_manifest.kind_of(raw[0]):
+            raw = [as_row(row) for row in rows]
         for name, wanted in (("train", False), ("test", True)):
             part = [(r, u) for r, u, key in zip(raw, rows, keys, strict=True) if (key in held) == wanted]
             for row, utterance in part:

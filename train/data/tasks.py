@@ -1,26 +1,36 @@
-"""Tasks: what is asked about an utterance, in several phrasings, and the answer that its manifest row implies."""
+"""Tasks: what is asked about an utterance, in several phrasings, and the answer that its manifest row implies.
+
+task            row needs                                  answer
+asr             text                                       the transcript
+first_word, last_word, capitals   text                     from the transcript
+slot            slots                                      the value of one of them, drawn
+translate       translation, target_language               the translation
+emotion, gender, age, speaker_count, sound   that label    the label
+spoken_qa       answer, no prompt                          the answer: the question is in the audio
+instruction     answer, task = instruction                 the answer; the row's own prompt where it has one
+given           prompt, answer                             the answer
+then_X          text, and what X needs                     the transcript, then X's answer
+"""
 
 from __future__ import annotations
 
+import difflib
 import random
 import re
 from collections.abc import Callable
 
-from train.data.manifest import Utterance
+from train.config import UserError
+from train.data.prompts import CORE as PHRASINGS
+from train.data.prompts import MORE, MORE_THEN, THEN
+from train.data.utterance import LABELS, Utterance
 
-PHRASINGS: dict[str, tuple[str, ...]] = {
-    "asr": (
-        "Transcribe the audio.",
-        "Write down what is said.",
-        "What does the speaker say?",
-        "Repeat the speech as text.",
-    ),
-    "first_word": ("What is the first word?", "Which word comes first?"),
-    "last_word": ("What is the last word?", "Which word comes last?"),
-    "capitals": ("Transcribe the audio in capital letters.", "Write what is said in upper case."),
-    "slot": ("Which {name} is mentioned?", "What {name} does the speaker name?"),
-}
-THEN = "Transcribe the audio, then answer: "  # the paper's stage-3 format
+LANGUAGES = {
+    "ar": "Arabic", "bn": "Bengali", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
+    "es": "Spanish", "fa": "Persian", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi",
+    "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean", "nl": "Dutch",
+    "no": "Norwegian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sv": "Swedish",
+    "ta": "Tamil", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
 
 
 def _words(row: Utterance) -> list[str]:
@@ -32,9 +42,23 @@ _ANSWERS: dict[str, Callable[[Utterance], str]] = {
     "first_word": lambda row: _words(row)[0],
     "last_word": lambda row: _words(row)[-1],
     "capitals": lambda row: row.text.upper(),
+    "translate": lambda row: row.translation,
+    "spoken_qa": lambda row: row.answer,
+    "instruction": lambda row: row.answer,
+    **{label: (lambda row, label=label: row.labels[label]) for label in LABELS},
 }
+NO_THEN = ("asr", "capitals", "sound")  # the answer is the transcript, or there is none
 # 'given': rows that bring their own prompt and answer. 'then_X': transcribe first, then answer X.
-NAMES = (*PHRASINGS, "given", *(f"then_{name}" for name in PHRASINGS if name not in ("asr", "capitals")))
+NAMES = (*PHRASINGS, "given", *(f"then_{name}" for name in PHRASINGS if name not in NO_THEN))
+
+
+def check(task: str, where: str) -> None:
+    """Raises UserError, naming `where` and the nearest task, unless there is such a task."""
+    if task in NAMES:
+        return
+    near = difflib.get_close_matches(task, NAMES, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"{where}: {task!r} is not one of {', '.join(NAMES)}{hint}")
 
 
 def spoken(name: str) -> str:
@@ -43,14 +67,28 @@ def spoken(name: str) -> str:
 
 
 def applies(task: str, row: Utterance) -> bool:
-    """Whether `row` has what `task` needs."""
-    if task == "given":
-        return bool(row.prompt)
-    return bool(row.slots) if task.endswith("slot") else bool(row.text.strip())
+    """Whether `row` has what `task` needs, and is not meant for another one."""
+    base = task.removeprefix("then_")
+    if row.task and row.task not in (task, base) and not (task == "given" and row.prompt):
+        return False
+    if base != task and not row.text.strip():
+        return False
+    if base in LABELS:
+        return base in row.labels
+    return {
+        "given": bool(row.prompt),
+        "slot": bool(row.slots),
+        "translate": bool(row.translation),
+        "spoken_qa": bool(row.answer) and not row.prompt,
+        "instruction": bool(row.answer) and row.task.endswith("instruction"),
+    }.get(base, bool(row.text.strip()))
 
 
-def ask(task: str, row: Utterance, rng: random.Random) -> tuple[str, str]:
+def ask(task: str, row: Utterance, rng: random.Random, more: bool = False) -> tuple[str, str]:
     """(instruction, answer) for one utterance; the phrasing (and the slot) are drawn from `rng`.
+
+    Args:
+        more: draw from the additional phrasings, too.
 
     Raises:
         ValueError: an unknown task.
@@ -60,14 +98,19 @@ def ask(task: str, row: Utterance, rng: random.Random) -> tuple[str, str]:
     if task == "given":
         return row.prompt, row.answer
     base = task.removeprefix("then_")
-    question = rng.choice(PHRASINGS[base])
+    question = rng.choice(PHRASINGS[base] + (MORE.get(base, ()) if more else ()))
     if base == "slot":
         name = rng.choice(sorted(row.slots))
         question, answer = question.format(name=spoken(name)), row.slots[name]
     else:
         answer = _ANSWERS[base](row)
+    if base == "translate":
+        question = question.format(language=LANGUAGES.get(row.target_language.lower(), row.target_language))
+    if base == "instruction" and row.prompt:
+        question = row.prompt
     if base != task:
-        return THEN + question, f"{row.text}\nAnswer: {answer}"
+        then = rng.choice((THEN, *MORE_THEN)) if more else THEN
+        return then + question, f"{row.text}\nAnswer: {answer}"
     return question, answer
 
 
