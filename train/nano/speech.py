@@ -237,6 +237,22 @@ def make_speech(out: Path, train: int = 400, test: int = 40, seed: int = 1, work
     return out / "train.jsonl", out / "test.jsonl"
 
 
+def speak(texts: dict[str, str], audio: Path, seed: int = 1, cache: Path | None = None) -> dict[str, float]:
+    """Speak id -> text into `audio`/ID.flac in this process; id -> seconds. Files that decode are kept.
+
+    Raises PartsError without a voice, SpeechError where synthesis fails.
+    """
+    model = prepare_voice(cache) / VOICE_FILE
+    block = [_cast(name, Sentence(text, {}), seed, espeak=False) for name, text in texts.items()]
+    try:
+        audio.mkdir(parents=True, exist_ok=True)
+        return _make_block(block, audio, model, seed)
+    except ImportError as error:
+        raise SpeechError(f"{error.name} is not installed: pip install 'soundwave_fast[model,demo]'") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SpeechError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m train.nano.speech", description=__doc__.splitlines()[0])
