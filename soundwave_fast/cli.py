@@ -1,93 +1,97 @@
-"""`soundwave`: transcribe audio files and ask about them from the command line."""
+"""`soundwave`: transcribe audio, ask about it, look into checkpoints, convert them, curate training data."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
+import signal
 import sys
-from pathlib import Path
+
+from soundwave_fast.commands import info, say, speech
 
 DEFAULT_MODEL = "runs/nano/stage3"
+_WHAT = {
+    "transcribe": "write down what is said, as text, JSON or subtitles",
+    "chat": "ask something about the audio",
+    "info": "say what a checkpoint holds, without loading it",
+    "convert": "a released-format checkpoint to ours, or ours to the released format",
+    "curate": "prepare, transcribe and select training data (the train package's own command)",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")  # one line; --help says the rest
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="soundwave", description=__doc__)
+    parser = _Parser(prog="soundwave", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("transcribe", "write down what is said"), ("chat", "ask something about the audio")):
-        sub = commands.add_parser(name, help=what, description=what)
-        sub.add_argument("files", nargs="+", metavar="FILE", help="wav, flac, ... (whatever libsndfile reads)")
-        sub.add_argument("--model", default=DEFAULT_MODEL, help="stage directory or saved model [%(default)s]")
-        sub.add_argument("--max-new-tokens", type=int, default=128)
-        sub.add_argument("--device", default="auto", help="cpu, cuda, ... [%(default)s]")
-        if name == "chat":
-            sub.add_argument("--prompt", required=True, help="the question")
-        else:
-            sub.add_argument("--ctc", action="store_true", help="greedy CTC transcript instead of the LLM's")
-            sub.add_argument(
-                "--timestamps",
-                action="store_true",
-                help="words of the CTC transcript, one a line: begin, end (s), word",
-            )
-            sub.add_argument("--peaks", metavar="PNG", help="also draw the CTC peaks of the (one) file")
+    subs = {name: commands.add_parser(name, help=what, description=what) for name, what in _WHAT.items()}
+    for name in ("transcribe", "chat"):
+        speech.add_arguments(subs[name], name, DEFAULT_MODEL)
+    subs["info"].add_argument("checkpoint", nargs="?", default=DEFAULT_MODEL, metavar="CHECKPOINT")
+    subs["info"].add_argument("--json", action="store_true", help="one JSON object")
+    subs["convert"].add_argument(
+        "source", metavar="SRC", help="released-format directory, stage directory, saved model"
+    )
+    subs["convert"].add_argument("out", metavar="OUT", help="a directory that does not exist yet")
+    subs["convert"].add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[as stored]")
+    subs["convert"].add_argument(
+        "--audio-tower", metavar="WHISPER", help="folder or hub name, instead of config.json's"
+    )
+    subs["convert"].add_argument(
+        "--force", action="store_true", help="write what the authors' code would read otherwise"
+    )
     return parser
 
 
-def _load(args: argparse.Namespace):
-    import torch
-    from transformers.utils import logging
+def _convert(args: argparse.Namespace) -> int:
+    try:
+        import torch
 
-    from soundwave_fast.model import SoundwaveForConditionalGeneration, SoundwaveProcessor
+        from soundwave_fast.model.released import convert
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with_llm = not (getattr(args, "ctc", False) or getattr(args, "timestamps", False))
-    if not Path(args.model).is_dir():
-        raise ValueError(f"--model {args.model}: no such directory")
-    model = SoundwaveForConditionalGeneration.from_pretrained(args.model, with_language_model=with_llm)
-    return model.to(device), SoundwaveProcessor.from_pretrained(args.model)
+        dtype = None if args.dtype is None else getattr(torch, args.dtype)
+        which = convert(args.source, args.out, dtype=dtype, audio_tower=args.audio_tower, force=args.force)
+        print(f"{args.out}: {which}")
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        say(error)
+        return 2
+    return 0
+
+
+def _curate(argv: list[str]) -> int:
+    try:
+        module = importlib.import_module("train.curate")  # by name: the library does not know the trainer
+    except ImportError as error:
+        say(f"curate: the train package cannot be imported here ({error}); run it in a checkout, with its requirements")
+        return 2
+    return int(module.main(argv) or 0)
+
+
+def _run(argv: list[str]) -> int:
+    if argv[:1] == ["curate"]:
+        return _curate(argv[1:])
+    args = _parser().parse_args(argv)
+    if args.command == "info":
+        return info.run(args.checkpoint, args.json)
+    return _convert(args) if args.command == "convert" else speech.run(args)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 1 when some files failed and the others went on; 2 for a mistake on the command line."""
-    args = _parser().parse_args(argv)
-    if getattr(args, "peaks", None) and len(args.files) != 1:
-        print("soundwave: --peaks draws one file", file=sys.stderr)
-        return 2
-    missing = [name for name in args.files if not Path(name).is_file()]
-    if missing:
-        print(f"soundwave: {missing[0]}: no such file", file=sys.stderr)
-        return 2
+    """Exit code: 0; 1 when some files failed and the others went on; 2 for a mistake on the command line, or when no
+    file went well; 130 after Ctrl-C (what was finished is printed or written); 141 when nobody reads on.
+    """
     try:
-        model, processor = _load(args)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"soundwave: {' '.join(str(error).split())[:300]}", file=sys.stderr)
-        return 2
-    from soundwave_fast import generate
-
-    failed = 0
-    for name in args.files:
-        prefix = f"{name}\t" if len(args.files) > 1 else ""
-        try:
-            if args.command == "chat":
-                lines = [generate.answer(model, processor, name, args.prompt, max_new_tokens=args.max_new_tokens)]
-            elif args.timestamps:
-                found = generate.words(model, processor, name)
-                lines = [f"{word.start:.2f}\t{word.end:.2f}\t{word.text}" for word in found]
-            elif args.ctc:
-                lines = [generate.transcribe_ctc(model, processor, name)]
-            else:
-                lines = [generate.transcribe(model, processor, name, max_new_tokens=args.max_new_tokens)]
-            if getattr(args, "peaks", None):
-                generate.draw_peaks(model, processor, name, args.peaks)
-        except (OSError, ValueError) as error:
-            print(f"soundwave: {' '.join(str(error).split())}", file=sys.stderr)
-            failed += 1
-            continue
-        for line in lines:
-            print(prefix + line, flush=True)
-    return 0 if not failed else 2 if failed == len(args.files) else 1
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes stdout at its end
+        return 141
 
 
 if __name__ == "__main__":

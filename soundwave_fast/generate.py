@@ -1,176 +1,216 @@
-"""From an audio file to text: transcript, answer, CTC peaks and words with their times, and the picture of them."""
+"""From recordings to text: transcripts, answers, words and CTC peaks with their times, and the picture of them.
+
+Recordings are paths (whatever libsndfile reads, any rate, any channels) or mono 16 kHz waveforms, of any length and
+any number: long ones are cut into windows (`soundwave_fast.hearing`), windows go through the encoder in batches, and
+the LLM answers in left-padded batches; the results are those of one recording at a time.
+
+What odd audio gets: an empty or unreadable file, or one with samples that are not finite, a ValueError; less than 1 s
+is padded with silence; clipped and over-loud audio is taken as it is; a window that is silent (never above 2^-13), or
+in which CTC hears nothing, has no words and the LLM is not asked for any.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from soundwave_fast.audio import MAX_SECONDS, SAMPLE_RATE, load_audio, windows
-from soundwave_fast.ops import ctc_peaks, peak_times
-from soundwave_fast.text import collapse
+from soundwave_fast.answering import answer, answers, stream_answer
+from soundwave_fast.asking import Question, as_list, ask, need_llm, results
+from soundwave_fast.audio import MAX_SECONDS, SAMPLE_RATE, load_audio
+from soundwave_fast.hearing import Audio, HeardWindow, Unheard, hear
+from soundwave_fast.words import Peak, Run, Word, group_words, time_words
 
 TRANSCRIBE = "Transcribe the audio."
+MAX_PICTURE_SECONDS = 120.0
+
+__all__ = ["Peak", "Transcript", "Word", "answer", "answers", "draw_peaks", "peaks", "stream_answer", "transcribe"]
+__all__ += ["transcribe_ctc", "transcripts", "words"]
 
 
 @dataclass(frozen=True)
-class Peak:
-    """One kept frame: when (s), which token, how sure."""
+class Transcript:
+    """What is said in one recording, with the times (s) of its words and of the CTC peaks."""
 
-    time: float
-    token: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class Word:
-    """One word of the CTC transcript: from when to when (s), and how sure the head was of its least sure token."""
-
-    start: float
-    end: float
     text: str
-    probability: float
+    duration: float  # s
+    words: list[Word]
+    peaks: list[Peak]
 
 
-def _waveform(audio: str | Path | np.ndarray) -> np.ndarray:
-    return audio if isinstance(audio, np.ndarray) else load_audio(audio)
+def transcripts(
+    model: Any,
+    processor: Any,
+    audios: Iterable[Audio],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    window_seconds: float = MAX_SECONDS,
+    llm: bool = True,
+    progress: Callable[[float], None] | None = None,
+    **options: Any,
+) -> Iterator[Transcript | Exception]:
+    """One `Transcript` a recording, in order, as they get ready; for one that cannot be read, its exception.
 
+    Memory is bounded by `batch_size` windows times a constant: recordings may last hours.
 
-def _inputs(model: Any, processor: Any, waves: list[np.ndarray], instruction: str | None) -> dict:
-    text = None if instruction is None else [processor.prompt(instruction) for _ in waves]
-    if text is None:
-        mels = processor.pad_mels([processor.log_mel(w) for w in waves])
-        lengths = torch.tensor([processor.mel_length(w) for w in waves])
-        inputs = {"input_features": mels, "feature_lengths": lengths}
-    else:
-        inputs = processor(text=text, audio=waves)
-    device = model.alignment_adapter.out_norm.weight.device
-    return {key: value.to(device) for key, value in inputs.items()}
-
-
-def answer(model: Any, processor: Any, audio: str | Path | np.ndarray, prompt: str, max_new_tokens: int = 128) -> str:
-    """The LLM's answer to `prompt` about one audio of at most 30 s (path, or mono waveform at 16 kHz).
+    Args:
+        audios: paths or mono 16 kHz waveforms (samples,).
+        max_new_tokens: of the LLM for each window.
+        window_seconds: longest window, 5 to 30 s; a model trained on short utterances may want shorter ones.
+        llm: False takes the greedy CTC transcript; the model needs no LLM then.
+        progress: called with the seconds of audio that have just been finished.
+        options: what `GenerationMixin.generate` takes (num_beams, cache_implementation, ...).
 
     Raises:
-        ValueError: audio that is longer, empty or unreadable.
+        ValueError: batch_size or window_seconds out of range, or `llm` and the model was loaded without.
     """
-    wave = _waveform(audio)
-    if len(wave) > MAX_SECONDS * SAMPLE_RATE:
-        raise ValueError(f"audio: {len(wave) / SAMPLE_RATE:.0f} s long, questions take at most {MAX_SECONDS:.0f} s")
-    return _generate(model, processor, [wave], prompt, max_new_tokens)[0]
+    if llm:
+        need_llm(model)
+    heard = hear(model, processor, audios, batch_size, window_seconds, for_llm=llm)
+    return _transcripts(model, processor, heard, batch_size, max_new_tokens, llm, progress, options)
 
 
-def _generate(model: Any, processor: Any, waves: list[np.ndarray], prompt: str, max_new_tokens: int) -> list[str]:
-    tokens = model.generate(
-        **_inputs(model, processor, waves, prompt),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
-    return [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+def _transcripts(model, processor, heard, batch_size, max_new_tokens, llm, progress, options):
+    decode, step = processor.tokenizer.decode, 1 / model.frames_per_second
+    questions = (Question(h.source, None, None, h.error) if isinstance(h, Unheard) else _question(h) for h in heard)
+    asked = ask(model, processor, questions, TRANSCRIBE, batch_size, max_new_tokens, options)
+    whole: _Recording | None = None
+    for question, text in asked if llm else ((question, "") for question in questions):
+        if whole is not None and whole.source != question.source:
+            yield whole.result()
+            whole = None
+        whole = whole or _Recording(question.source)
+        if question.error is not None:
+            whole.error = question.error
+            continue
+        window = question.window
+        spoken = group_words(window.runs, decode, step)
+        if llm:
+            spoken = time_words(text, spoken, window.start * step, window.end * step)
+        else:
+            text = decode([run.id for run in window.runs]).strip() if window.runs else ""
+        whole.add(window, text, spoken, _peaks(window.runs, decode, step))
+        if progress is not None:
+            progress((window.end - window.start) * step)
+    if whole is not None:
+        yield whole.result()
+
+
+def _question(window: HeardWindow) -> Question:
+    # Where CTC heard nothing one blank frame is left, and an LLM that is asked to transcribe it invents something.
+    return Question(window.source, window.audio if window.runs else None, replace(window, audio=None))
+
+
+@dataclass
+class _Recording:
+    """The windows of one recording, put together."""
+
+    source: int
+    texts: list[str] = field(default_factory=list)
+    words: list[Word] = field(default_factory=list)
+    peaks: list[Peak] = field(default_factory=list)
+    duration: float = 0.0
+    error: Exception | None = None
+
+    def add(self, window: HeardWindow, text: str, spoken: list[Word], found: list[Peak]) -> None:
+        self.texts += [text] if text else []
+        self.words += spoken
+        self.peaks += found
+        self.duration = window.stop_seconds
+
+    def result(self) -> Transcript | Exception:
+        return self.error or Transcript(" ".join(self.texts), self.duration, self.words, self.peaks)
+
+
+def _peaks(runs: Sequence[Run], decode: Callable, step: float) -> list[Peak]:
+    return [Peak(round(run.frame * step, 3), decode([run.id]), run.id, run.probability) for run in runs]
 
 
 def transcribe(
-    model: Any, processor: Any, audio: str | Path | np.ndarray, max_new_tokens: int = 128, batch_size: int = 8
-) -> str:
-    """The LLM's transcript; audio over 30 s is cut at quiet places and its windows are joined."""
-    pieces, texts = windows(_waveform(audio)), []
-    for start in range(0, len(pieces), batch_size):
-        texts += _generate(model, processor, pieces[start : start + batch_size], TRANSCRIBE, max_new_tokens)
-    return " ".join(text for text in texts if text)
+    model: Any,
+    processor: Any,
+    audio: Audio | Sequence[Audio],
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    **options: Any,
+) -> str | list[str]:
+    """The LLM's transcript of one recording, or the list of those of a list; `transcripts` says more, and goes on.
+
+    Raises:
+        FileNotFoundError, ValueError: a recording that cannot be read, or arguments out of range.
+    """
+    audios, several = as_list(audio)
+    found = transcripts(model, processor, audios, max_new_tokens=max_new_tokens, batch_size=batch_size, **options)
+    return results((x if isinstance(x, Exception) else x.text for x in found), several)
 
 
-@torch.no_grad()
-def _hear(model: Any, processor: Any, wave: np.ndarray):
-    inputs = _inputs(model, processor, [wave], None)
-    frames, lengths = model.encode(inputs["input_features"], inputs["feature_lengths"])
-    hidden = model.hear(frames, lengths, need_tokens=False)
-    embedding = model.get_input_embeddings().weight if model.ctc_head.tied else None
-    tokens, log_probs = model.ctc_head.greedy(hidden.hidden_BTD, embedding)
-    return tokens, log_probs, hidden.lengths
+def _by_ctc(model: Any, processor: Any, audio: Audio | Sequence[Audio], batch_size: int) -> Any:
+    audios, several = as_list(audio)
+    return results(transcripts(model, processor, audios, batch_size=batch_size, llm=False), several)
 
 
-def transcribe_ctc(model: Any, processor: Any, audio: str | Path | np.ndarray) -> str:
-    """Greedy CTC transcript: no LLM involved."""
-    texts = []
-    for wave in windows(_waveform(audio)):
-        tokens, _, lengths = _hear(model, processor, wave)
-        kept = collapse(tokens[0, : int(lengths[0])].tolist(), model.config.ctc_blank_id)
-        texts.append(processor.tokenizer.decode(kept).strip())
-    return " ".join(text for text in texts if text)
+def transcribe_ctc(model: Any, processor: Any, audio: Audio | Sequence[Audio], batch_size: int = 8) -> str | list[str]:
+    """Greedy CTC transcript of one recording, or a list of those of a list: no LLM involved."""
+    found = _by_ctc(model, processor, audio, batch_size)
+    return [one.text for one in found] if isinstance(found, list) else found.text
 
 
-def peaks(model: Any, processor: Any, audio: str | Path | np.ndarray) -> list[Peak]:
-    """The frames the CTC head keeps in one audio of at most 30 s, blanks left out; times on a 40 ms grid."""
-    wave = _waveform(audio)
-    tokens, log_probs, lengths = _hear(model, processor, wave)
-    index, cu_seqlens = ctc_peaks(tokens, lengths, blank=model.config.ctc_blank_id, drop_blank=True)
-    times = peak_times(index[: int(cu_seqlens[-1])], tokens, log_probs, 1 / model.frames_per_second)
-    return [
-        Peak(second, processor.tokenizer.decode([token]), probability)
-        for second, token, probability in zip(*(x.tolist() for x in times), strict=True)
-        if token != model.config.ctc_blank_id
-    ]
+def peaks(model: Any, processor: Any, audio: Audio, batch_size: int = 8) -> list[Peak]:
+    """The frames the CTC head keeps in one recording of any length, blanks left out; times on a 40 ms grid."""
+    return _by_ctc(model, processor, audio, batch_size).peaks
 
 
-def words(model: Any, processor: Any, audio: str | Path | np.ndarray) -> list[Word]:
+def words(model: Any, processor: Any, audio: Audio, batch_size: int = 8) -> list[Word]:
     """The words of `transcribe_ctc` with their times, on a 40 ms grid; audio of any length.
 
     A word lasts from the frame in which CTC first says it to the end of its last token's run. CTC is late rather than
     early, and says a token in a frame or two: the end is when the head was through with a word, not the speaker.
     """
-    found, offset = [], 0.0
-    for wave in windows(_waveform(audio)):
-        tokens, log_probs, lengths = _hear(model, processor, wave)
-        index, cu_seqlens = ctc_peaks(tokens, lengths)  # blanks too: the next run's begin is this one's end
-        times = peak_times(index[: int(cu_seqlens[-1])], tokens, log_probs, 1 / model.frames_per_second)
-        starts, ids, probabilities = (x.tolist() for x in times)
-        ends = [*starts[1:], int(lengths[0]) / model.frames_per_second]
-        runs = [
-            (id_, offset + start, offset + end, probability)
-            for id_, start, end, probability in zip(ids, starts, ends, probabilities, strict=True)
-            if id_ != model.config.ctc_blank_id
-        ]
-        found += _group_words(runs, processor.tokenizer.decode)
-        offset += len(wave) / SAMPLE_RATE
-    return found
+    return _by_ctc(model, processor, audio, batch_size).words
 
 
-def _group_words(runs: list[tuple[int, float, float, float]], decode: Callable[[list[int]], str]) -> list[Word]:
-    """Words of the decoded tokens; each takes its times from the tokens that share a character with it."""
-    ids = [run[0] for run in runs]
-    reach = [0]  # characters written once so many tokens are in; a token may hold part of one, hence the maximum
-    for count in range(1, len(ids) + 1):
-        reach.append(max(reach[-1], len(decode(ids[:count]))))
-    found = []
-    for match in re.finditer(r"\S+", decode(ids) if ids else ""):
-        own = [run for run, a, b in zip(runs, reach, reach[1:]) if min(a, b - 1) < match.end() and b > match.start()]
-        if own:
-            found.append(Word(own[0][1], own[-1][2], match.group(), min(run[3] for run in own)))
-    return found
+# -- the picture ---------------------------------------------------------------------------------------------------
 
 
-def draw_peaks(model: Any, processor: Any, audio: str | Path | np.ndarray, path: str | Path, title: str = "") -> None:
-    """PNG or SVG of the log-mel spectrogram with the CTC peaks and the head's certainty below."""
+def draw_peaks(model: Any, processor: Any, audio: Audio, path: str | Path, title: str = "") -> None:
+    """PNG or SVG of the log-mel spectrogram with the CTC peaks, their tokens, and the head's certainty below.
+
+    Rows of a few seconds each; at most 120 s.
+
+    Raises:
+        ValueError: longer, empty or unreadable audio, or a kind of picture that cannot be drawn.
+    """
     from soundwave_fast import plots
 
-    wave = _waveform(audio)
-    tokens, log_probs, lengths = _hear(model, processor, wave)
-    count = int(lengths[0])
-    mel = processor.log_mel(wave)[:, : processor.mel_length(wave)].numpy()
-    found = [(peak.time, peak.token.strip() or "␣") for peak in peaks(model, processor, wave)]
-    plots.ctc_peaks(
-        mel,
-        log_probs[0, :count].exp().float().cpu().numpy(),
-        (tokens[0, :count] == model.config.ctc_blank_id).cpu().numpy(),
-        found,
-        path,
-        title=title or transcribe_ctc(model, processor, wave),
-        seconds_per_frame=1 / model.frames_per_second,
-    )
+    wave = audio if isinstance(audio, np.ndarray) else load_audio(audio)
+    seconds = len(wave) / SAMPLE_RATE
+    if seconds > MAX_PICTURE_SECONDS:
+        raise ValueError(f"audio: {seconds:.0f} s long, a picture of its peaks takes at most {MAX_PICTURE_SECONDS:.0f}")
+    decode, step = processor.tokenizer.decode, 1 / model.frames_per_second
+    windows = list(hear(model, processor, [wave], for_llm=False))
+    if isinstance(windows[0], Unheard):
+        raise windows[0].error
+    frames = max(window.start + len(window.certainty) for window in windows)
+    certainty, blank = np.zeros(frames, np.float32), np.ones(frames, bool)
+    for window in windows:
+        own = slice(window.start, window.start + len(window.certainty))
+        certainty[own], blank[own] = window.certainty, window.blank
+    runs = [run for window in windows for run in window.runs]
+    found = [(peak.time, peak.token.strip() or "␣") for peak in _peaks(runs, decode, step)]
+    text = " ".join(decode([run.id for run in window.runs]).strip() for window in windows if window.runs)
+    plots.ctc_peaks(_mel(processor, wave), certainty, blank, found, path, title or text, step)
+
+
+def _mel(processor: Any, wave: np.ndarray) -> np.ndarray:
+    """Log-mel (mels, M) of a waveform of any length, 100 frames a second."""
+    pieces, limit = [], int(MAX_SECONDS * SAMPLE_RATE)
+    for start in range(0, len(wave), limit):
+        piece = wave[start : start + limit]
+        frames = -(-len(piece) // (SAMPLE_RATE // 100))
+        mel = processor.log_mel(piece).numpy()[:, :frames]
+        pieces.append(np.pad(mel, [(0, 0), (0, frames - mel.shape[1])], constant_values=mel.min()))
+    return np.concatenate(pieces, 1)

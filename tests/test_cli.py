@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +15,8 @@ import pytest
 import soundfile
 import torch
 
-from soundwave_fast import cli, generate
+from soundwave_fast import cli
+from soundwave_fast.commands import speech
 from soundwave_fast.model import checkpoint
 from tests.model import tiny
 
@@ -90,34 +95,32 @@ def test_timestamps_of_several_files(soundwave, sounds):
     assert out == [f"{sounds[name]}\t{line}" for name in ("a.wav", "a.flac") for line in alone]
 
 
-def test_words_take_their_times_from_their_tokens():
-    pieces = {1: "tur", 2: "n", 3: " on", 4: " the", 5: "\ufffd", 6: " "}
-    runs = [(1, 0.0, 0.04, 0.9), (2, 0.2, 0.28, 0.5), (3, 0.4, 0.44, 0.8), (6, 0.5, 0.54, 0.1), (4, 0.6, 0.64, 0.7)]
-
-    def decode(ids):  # two halves of a character are one character
-        return "".join(pieces[i] for i in ids).replace("\ufffd\ufffd", "é")
-
-    assert generate._group_words(runs, decode) == [
-        generate.Word(0.0, 0.28, "turn", 0.5),
-        generate.Word(0.4, 0.44, "on", 0.8),
-        generate.Word(0.6, 0.64, "the", 0.7),
-    ]
-    halves = [(3, 0.0, 0.04, 0.9), (5, 0.2, 0.24, 0.8), (5, 0.24, 0.32, 0.7), (4, 0.4, 0.44, 0.6)]
-    assert [(word.text, word.start, word.end) for word in generate._group_words(halves, decode)] == [
-        ("oné", 0.0, 0.32),
-        ("the", 0.4, 0.44),
-    ]
-    assert generate._group_words([], decode) == []
-
-
 def test_chat(soundwave, sounds):
     code, out, err = soundwave("chat", sounds["a.wav"], "--prompt", "What is it?")
     assert (code, err) == (0, []) and len(out) >= 1
 
 
-def test_chat_takes_one_window(soundwave, sounds):
+def test_chat_about_a_long_file(soundwave, sounds):
     code, out, err = soundwave("chat", sounds["long.wav"], "--prompt", "What is it?")
-    assert (code, out, len(err)) == (2, [], 1) and "35 s long, questions take at most 30 s" in err[0]
+    assert (code, len(out), err) == (0, 1, [])
+
+
+def test_chat_streams_the_same_answer(soundwave, sounds):
+    names = [sounds[name] for name in ("a.wav", "broken.wav", "long.wav")]
+    plain = soundwave("chat", *names, "--prompt", "What is it?")
+    assert plain[0] == 1 and len(plain[1]) == 2 and len(plain[2]) == 1
+    assert soundwave("chat", *names, "--prompt", "What is it?", "--stream") == plain
+
+
+def test_chat_goes_on_after_audio_too_long_for_the_context(tiny_parts, soundwave, sounds, stage, tmp_path):
+    folder = shutil.copytree(stage, tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 100
+    (folder / "config.json").write_text(json.dumps(config))
+    names = [sounds["long.wav"], sounds["a.wav"]]
+    code, out, err = soundwave("chat", *names, "--prompt", "What is it?", model=str(folder))
+    assert (code, len(out), len(err)) == (1, 1, 1) and out[0].startswith(sounds["a.wav"])
+    assert err[0].startswith(f"soundwave: {sounds['long.wav']}: audio: ") and "context" in err[0]
 
 
 def test_peaks_png(soundwave, sounds, tmp_path):
@@ -127,9 +130,17 @@ def test_peaks_png(soundwave, sounds, tmp_path):
     assert target.read_bytes().startswith(b"\x89PNG") and [path.name for path in tmp_path.iterdir()] == ["peaks.png"]
 
 
-def test_peaks_of_a_long_file(soundwave, sounds, tmp_path):
-    code, _, err = soundwave("transcribe", sounds["long.wav"], "--ctc", "--peaks", str(tmp_path / "p.png"))
-    assert code == 2 and len(err) == 1 and "one window holds 30 s" in err[0]
+def test_peaks_of_a_long_file(soundwave, tmp_path):
+    wave = np.concatenate([tiny.make_wave(0, 3.0), np.zeros(29 * 16_000), tiny.make_wave(1, 1.0)])
+    soundfile.write(tmp_path / "long.wav", wave, 16_000)
+    code, _, err = soundwave("transcribe", str(tmp_path / "long.wav"), "--ctc", "--peaks", str(tmp_path / "p.png"))
+    assert (code, err) == (0, []) and (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_peaks_of_a_file_too_long_to_draw(soundwave, tmp_path):
+    soundfile.write(tmp_path / "l.wav", np.zeros(121 * 8_000, np.float32), 8_000)
+    code, _, err = soundwave("transcribe", str(tmp_path / "l.wav"), "--ctc", "--peaks", str(tmp_path / "p.png"))
+    assert code == 2 and len(err) == 1 and "121 s long" in err[0] and not (tmp_path / "p.png").exists()
 
 
 def test_peaks_takes_one_file(soundwave, sounds, tmp_path):
@@ -174,8 +185,6 @@ def test_a_directory_that_is_no_model(soundwave, sounds, tmp_path):
 
 
 def test_a_stage_whose_weights_are_cut_short(soundwave, sounds, stage, tmp_path):
-    import shutil
-
     folder = shutil.copytree(stage, tmp_path / "cut")
     weights = folder / "adapters.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -202,7 +211,184 @@ def test_a_whole_saved_model(tiny_parts, stage, soundwave, sounds, tmp_path):
         assert both[0] == both[1] and both[0][0] == 0
 
 
+@pytest.mark.parametrize("arguments", [["bogus"], ["transcribe"], ["transcribe", "a.wav", "--batch-size", "two"], []])
+def test_typing_errors_take_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    said = capsys.readouterr()
+    assert (stop.value.code, said.out, len(said.err.splitlines())) == (2, "", 1) and said.err.startswith("soundwave")
+
+
 def test_as_a_command(sounds):
     command = [sys.executable, "-m", "soundwave_fast.cli", "transcribe", "nowhere.wav"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "soundwave: nowhere.wav: no such file\n")
+
+
+# -- formats -------------------------------------------------------------------------------------------------------
+
+
+def test_json(soundwave, sounds):
+    code, out, err = soundwave("transcribe", sounds["a.wav"], sounds["long.wav"], "--format", "json")
+    assert (code, len(out), err) == (0, 2, [])
+    rows = [json.loads(line) for line in out]
+    assert [(row["file"], row["duration"]) for row in rows] == [(sounds["a.wav"], 1.0), (sounds["long.wav"], 35.0)]
+    for row in rows:
+        assert row["text"].split() == [word["text"] for word in row["words"]]
+        assert all(0 <= word["start"] <= word["end"] <= row["duration"] + 0.04 for word in row["words"])
+        assert {"time", "token", "id", "probability"} == set(row["peaks"][0])
+    texts = soundwave("transcribe", sounds["a.wav"], sounds["long.wav"])[1]
+    assert [line.split("\t")[1] for line in texts] == [row["text"] for row in rows]
+    [line] = soundwave("transcribe", sounds["a.wav"], "--format", "json", "--ctc")[1]
+    times = soundwave("transcribe", sounds["a.wav"], "--timestamps")[1]
+    assert [f"{w['start']:.2f}\t{w['end']:.2f}\t{w['text']}" for w in json.loads(line)["words"]] == times
+
+
+@pytest.mark.parametrize(("kind", "first", "arrow"), [("srt", "1", ","), ("vtt", "WEBVTT", ".")])
+def test_subtitles(soundwave, sounds, kind, first, arrow):
+    code, out, err = soundwave("transcribe", sounds["long.wav"], "--format", kind, "--ctc")
+    assert (code, err) == (0, []) and out[0] == first and f"00:00:3{0}{arrow}" in "\n".join(out).replace("31", "30")
+    code, out, err = soundwave("transcribe", sounds["long.wav"], sounds["a.wav"], "--format", kind)
+    assert (code, out, err) == (2, [], [f"soundwave: --format {kind} of several files needs --output-dir"])
+
+
+def test_output_dir(soundwave, sounds, tmp_path):
+    folder = tmp_path / "new" / "out"
+    names = [sounds[name] for name in ("a.wav", "broken.wav", "a.flac", "stereo.wav")]
+    arguments = ("--format", "vtt", "--output-dir", str(folder), "--skip-existing")
+    code, out, err = soundwave("transcribe", *names, *arguments)
+    assert (code, out, len(err)) == (1, [], 1)
+    made = sorted(path.name for path in folder.iterdir())
+    assert made == ["a.flac.vtt", "a.wav.vtt", "stereo.vtt"]  # two files are called a
+    (folder / "stereo.vtt").write_text("mine")
+    (folder / "a.wav.vtt").unlink()
+    assert soundwave("transcribe", *names, *arguments)[0] == 1
+    assert (folder / "stereo.vtt").read_text() == "mine" and (folder / "a.wav.vtt").read_text().startswith("WEBVTT")
+    assert soundwave("transcribe", sounds["stereo.wav"], *arguments) == (0, [], [])
+
+
+def test_output_dir_mistakes(soundwave, sounds, tmp_path):
+    for arguments, message in (
+        (("--skip-existing",), "--skip-existing needs --output-dir"),
+        (("--output-dir", sounds["a.wav"]), f"--output-dir {sounds['a.wav']}: is no directory"),
+    ):
+        code, out, err = soundwave("transcribe", sounds["a.wav"], *arguments)
+        assert (code, out, err) == (2, [], [f"soundwave: {message}"])
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_odd_audio(soundwave, tmp_path):
+    rate = 16_000
+    waves = {"empty": np.zeros(0), "nan": np.full(rate, np.nan), "short": tiny.make_wave(0, 0.01)}
+    waves.update(silent=np.zeros(rate), clipped=np.clip(9 * tiny.make_wave(0, 1.0), -1, 1))
+    for name, wave in waves.items():
+        soundfile.write(tmp_path / f"{name}.wav", wave.astype(np.float32), rate, subtype="FLOAT")
+    code, out, err = soundwave("transcribe", str(tmp_path))
+    assert code == 1 and [line.split("\t")[0].rsplit("/", 1)[1] for line in out] == [
+        "clipped.wav",
+        "short.wav",
+        "silent.wav",
+    ]
+    assert out[2].endswith("\t") and not out[0].endswith("\t")
+    assert len(err) == 2 and "empty.wav: holds no samples" in err[0] and "nan.wav: holds samples that are" in err[1]
+
+
+# -- options -------------------------------------------------------------------------------------------------------
+
+
+def test_any_batch_size_says_the_same(soundwave, sounds):
+    names = [sounds[name] for name in ("long.wav", "a.wav", "stereo.wav")]
+    one, eight = (soundwave("transcribe", *names, "--batch-size", size, "--window", "6") for size in ("1", "8"))
+    assert one == eight and one[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch-size", "0"), "at least 1"),
+        (("--window", "40"), "--window: 5 to 30 s, got 40"),
+        (("--device", "nonsense"), "--device nonsense"),
+    ],
+)
+def test_mistakes_in_options(soundwave, sounds, arguments, message):
+    code, out, err = soundwave("transcribe", sounds["a.wav"], *arguments)
+    assert (code, out, len(err)) == (2, [], 1) and message in err[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(soundwave, sounds):
+    code, out, err = soundwave("transcribe", sounds["a.wav"], "--device", "cuda")
+    assert (code, out, len(err)) == (2, [], 1) and err[0].startswith("soundwave: --device cuda: ")
+
+
+def test_half_precision(soundwave, sounds):
+    code, out, err = soundwave("transcribe", sounds["a.wav"], "--dtype", "bfloat16", "--no-compile")
+    assert (code, len(out), err) == (0, 1, [])
+
+
+@pytest.mark.parametrize(("arguments", "compiled"), [(["--compile"], True), (["--no-compile"], False)])
+def test_compile_is_passed_on(stage, sounds, arguments, compiled):
+    """That the compiled adapters say the same is tested in tests/model/test_compile.py."""
+    args = cli._parser().parse_args(["transcribe", sounds["a.wav"], "--model", stage, "--ctc", *arguments])
+    model, _ = speech._load(args)
+    assert model._adapters_compiled is compiled
+    assert speech._settings(args).get("cache_implementation") == (None if compiled else "dynamic")
+
+
+# -- the other commands, and being stopped -------------------------------------------------------------------------
+
+
+def test_convert(tiny_parts, stage, tmp_path, capsys):
+    assert cli.main(["convert", stage, str(tmp_path / "out")]) == 2  # its semantics are not the released code's
+    assert "force" in capsys.readouterr().err
+    assert cli.main(["convert", stage, str(tmp_path / "out"), "--force"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: soundwave_fast to released\n"
+    assert cli.main(["convert", stage, str(tmp_path / "out"), "--force"]) == 2
+    assert cli.main(["convert", str(tmp_path / "none"), str(tmp_path / "other")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("soundwave: ") for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert cli.main(["convert", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    assert cli.main(["info", str(tmp_path / "back")]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"{tmp_path / 'back'}: saved model"
+
+
+def test_curate_is_the_trainers(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["curate", "--help"])
+    assert stop.value.code == 0 and "curate" in capsys.readouterr().out
+
+
+def test_curate_without_the_trainer(tmp_path):
+    for name in ("soundwave_fast", "csrc_triton"):  # as an installed library: without train/ beside it
+        (tmp_path / name).symlink_to(ROOT / name)
+    code = "import sys; sys.path[0] = ''; sys.modules['train'] = None; from soundwave_fast import cli; "
+    code += "sys.exit(cli.main(['curate', 'run', 'x']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("soundwave: curate: the train package")
+
+
+def test_ctrl_c_keeps_what_is_done(stage, sounds):
+    """Two windows a pool: the first files are told while a thousand more wait."""
+    command = [sys.executable, "-m", "soundwave_fast.cli", "transcribe", *[sounds["a.wav"]] * 1000]
+    command += ["--model", stage, "--max-new-tokens", "2", "--batch-size", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and first.startswith(sounds["a.wav"] + "\t")
+    assert len(out.splitlines()) < 999 and (out == "" or out.endswith("\n"))
+    assert err.splitlines()[-1] == "soundwave: interrupted" and "Traceback" not in err
+
+
+def test_nobody_reads_on(stage, sounds, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["transcribe", sounds["a.wav"], sounds["a.flac"], "--model", stage, "--ctc"]) == 141
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""

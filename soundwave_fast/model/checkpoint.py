@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, WhisperModel
 
 from soundwave_fast.model.config import SoundwaveConfig
-from soundwave_fast.model.lora import has_lora
+from soundwave_fast.model.lora import has_lora, quietly
 
 ADAPTERS = "adapters.safetensors"
 LORA = "lora"
@@ -174,7 +174,8 @@ def load_lora(model: Any, path: Path, trainable: bool = False, as_saved: bool = 
         return
     from peft import PeftModel
 
-    model.language_model = PeftModel.from_pretrained(model.language_model, path / LORA, is_trainable=trainable)
+    with quietly():
+        model.language_model = PeftModel.from_pretrained(model.language_model, path / LORA, is_trainable=trainable)
     file = path / LORA / "adapter_model.safetensors"
     if as_saved and file.is_file():
         with safe_open(file, framework="pt") as tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,14 @@ _BASE = "base_layer."  # where peft moves a wrapped layer's own parameters
 def has_lora(language_model: nn.Module | None) -> bool:
     """Whether peft's LoRA is around the LLM (`get_peft_model`, `PeftModel.from_pretrained`)."""
     return hasattr(language_model, "peft_config") and hasattr(language_model, "get_base_model")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """peft asks transformers for a name that it deprecates (peft 0.21, transformers 5.23), once for every model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def llm_state_dict(language_model: nn.Module, merge: bool = False) -> dict[str, Tensor]:
