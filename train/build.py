@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig
 from transformers.utils import logging
 
@@ -49,6 +51,16 @@ def frozen_dtype(model: Model, device: torch.device) -> torch.dtype:
     except OSError:
         native = False
     return torch.bfloat16 if native else torch.float32
+
+
+def packed(config: Config, model: SoundwaveForConditionalGeneration) -> bool:
+    """Whether the LLM's batches go without padding.
+
+    'auto': where its attention walks prompt after prompt; the others would mask a square of all the prompts' tokens.
+    """
+    if config.run.packed != "auto":
+        return bool(config.run.packed)
+    return "flash" in str(model.causal_lm.config._attn_implementation)
 
 
 def previous_stage(path: str, stage: int) -> Path | None:
@@ -103,15 +115,62 @@ def build(
         model = SoundwaveForConditionalGeneration.from_parts(
             architecture, dtype=frozen_dtype(settings, device), with_language_model=stage > 1
         )
+        if stage > 1 and settings.attention != "auto":
+            model.language_model.set_attn_implementation(settings.attention)
         if previous is None:
             stage_directory.initialise_adapters(model)
         else:
+            check_fits(config, architecture, previous)
             stage_directory.load_adapters(model, previous)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())[:300]) from None
     if stage > 1:
         add_lora(model, settings, previous)
-    return model.to(device), processor
+    return place(model, device), processor
+
+
+def place(model: SoundwaveForConditionalGeneration, device: torch.device) -> SoundwaveForConditionalGeneration:
+    """To the device, but for the LLM's layers where they are to be sharded: FSDP takes those there one by one.
+
+    So a GPU never holds more of the LLM than its share, its embedding and a layer.
+    """
+    if model.language_model is None or not dist.is_initialized() or dist.get_world_size() == 1:
+        return model.to(device)
+    llm = model.causal_lm.model
+    layers, llm.layers = llm.layers, torch.nn.ModuleList()
+    model.to(device)
+    llm.layers = layers
+    return model
+
+
+_HEARING = ("adapter_attention", "mask_frames", "encoder_pad", "ctc_head", "ctc_blank_id", "audio_token_id")
+_SHRINKING = ("look_back", "look_back_keys", "drop_blank", "peak_select")  # stage 1 has not met these yet
+_SIZES = {
+    "audio_config": ("d_model", "encoder_layers", "num_mel_bins"),
+    "text_config": ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
+}
+
+
+def check_fits(config: Config, now: SoundwaveConfig, previous: Path) -> None:
+    """Whether the previous stage trained what this one goes on with: the same parts, semantics and LoRA.
+
+    Raises:
+        UserError: it did not; the first difference is named.
+    """
+    was = SoundwaveConfig.from_pretrained(previous)
+    lora = previous / stage_directory.LORA / "adapter_config.json"
+    keys = _HEARING + (_SHRINKING if lora.is_file() else ())
+    pairs = {key: (getattr(was, key), getattr(now, key)) for key in keys}
+    for part, sizes in _SIZES.items():
+        for key in sizes:
+            pairs[f"{part}.{key}"] = getattr(getattr(was, part), key), getattr(getattr(now, part), key)
+    if lora.is_file():
+        saved = json.loads(lora.read_text())
+        pairs["model.lora_rank"] = saved.get("r"), config.model.lora_rank
+        pairs["model.lora_alpha"] = saved.get("lora_alpha"), config.model.lora_alpha
+    for key, (before, after) in pairs.items():
+        if before != after:
+            raise UserError(f"--init {previous} does not fit: {key} was {before!r} there, is {after!r} here")
 
 
 def add_lora(model: SoundwaveForConditionalGeneration, settings: Model, previous: Path | None) -> None:

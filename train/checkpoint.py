@@ -1,11 +1,14 @@
-"""Resumable state of a run: trainable parameters, optimizer, data position and RNG; atomic, resharded on load."""
+"""Resumable state of a run: written in the background, atomic, the newest k and the best kept, resharded on load."""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +17,165 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from train.config import disk_errors
+from train.config import UserError, disk_error, disk_errors
 from train.parallel import World
 
+BEST = "best.json"
 _OPTIONS = {"ignore_frozen_params": True}
 
 
+def all_of(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first; half-written ones (.tmp) do not count."""
+    return sorted(path for path in folder.glob("step-*[0-9]") if path.is_dir())
+
+
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint; half-written ones (.tmp) do not count."""
-    found = sorted(folder.glob("step-*[0-9]"))
+    """The newest complete checkpoint."""
+    found = all_of(folder)
     return found[-1] if found else None
 
 
-def save(folder: Path, step: int, model: torch.nn.Module, optimizer: Any, extra: dict, world: World) -> Path:
-    """Write `step-N` beside the older ones, then drop them; a collective. Killed at any moment, one is whole.
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def find(name: str) -> Path:
+    """The checkpoint a user names: a `step-N` folder, or a run's directory (its newest one).
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(name)
+    if (path / ".metadata").is_file() and (path / "rank0.pt").is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        newest = latest(folder)
+        if newest is not None:
+            return newest
+    raise UserError(f"--resume {name}: no checkpoint there")
+
+
+class Checkpoints:
+    """The `checkpoints` folder of a run. `save` copies the state and returns; the writing goes on in a thread.
+
+    A checkpoint is written to `step-N.tmp` and renamed once every rank's part is on disk, so that a run killed at any
+    moment finds whole ones alone. At most one is being written. The newest `keep` stay, and the one `best.json` names.
 
     Args:
-        extra: this rank's own state (data position, counters), pickled as it is.
+        folder: made at the first save.
+        keep: how many of the newest stay.
     """
-    target = folder / f"step-{step:07d}"
-    temporary = folder / f"step-{step:07d}.tmp"
-    with disk_errors(folder):
-        if world.main:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        _barrier()
-        parameters, moments = get_state_dict(model, optimizer, options=StateDictOptions(**_OPTIONS))
-        dcp.save({"model": parameters, "optimizer": moments}, checkpoint_id=temporary, no_dist=world.size == 1)
+
+    def __init__(self, folder: Path, world: World, keep: int = 2) -> None:
+        self.folder, self.world, self.keep = folder, world, keep
+        # its own: the writing thread's collectives must not come between those of the training
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.pending: Future | None = None
+
+    @property
+    def best(self) -> dict | None:
+        """{step, metric, value} of the best checkpoint by validation, or None."""
+        try:
+            noted = json.loads((self.folder / BEST).read_text())
+            return noted if (self.folder / _name(noted["step"])).is_dir() else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def save(self, step: int, model: torch.nn.Module, optimizer: Any, extra: dict, best: dict | None = None) -> None:
+        """Begin to write `step-N`; a collective. Waits for the one before, if that is still being written.
+
+        Args:
+            extra: this rank's own state (data position, counters), pickled as it is.
+            best: {metric, value}, where validation found this the best step so far.
+
+        Raises:
+            UserError: no space or no right to write, now or while the one before was written.
+        """
+        self.wait()
+        temporary = self.folder / (_name(step) + ".tmp")
         rng = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        if world.device.type == "cuda":
+        if self.world.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
-        torch.save({"rng": rng, "world": world.size, **extra}, temporary / f"rank{world.rank}.pt")
-        _barrier()
-        if world.main:
-            os.replace(temporary, target)
-            for old in folder.glob("step-*"):
-                if old != target:
-                    shutil.rmtree(old, ignore_errors=True)
-        _barrier()
-    return target
+        own = {"rng": rng, "world": self.world.size, "step": step, **extra}
+        self._together(lambda: self._make(temporary), temporary)
+        self._together(lambda: _write(own, temporary / f"rank{self.world.rank}.pt"), temporary)
+        parameters, moments = get_state_dict(model, optimizer, options=StateDictOptions(**_OPTIONS))
+        state = {"model": parameters, "optimizer": moments}
+        done: Future = Future()
+        writing = dcp.async_save(state, checkpoint_id=temporary, process_group=self.group, no_dist=self.world.size == 1)
+        writing.add_done_callback(lambda future: self._complete(future, done, temporary, step, best))
+        self.pending = done
+
+    def _make(self, temporary: Path) -> None:
+        if self.world.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for half in self.folder.glob("*.tmp"):
+                shutil.rmtree(half) if half.is_dir() else half.unlink()
+            temporary.mkdir()
+
+    def _together(self, act: Callable[[], None], temporary: Path) -> None:
+        """`act` on every rank; where it fails on one, all raise instead of waiting for it in the next collective."""
+        failed: Exception | None = None
+        try:
+            with disk_errors(self.folder):
+                act()
+        except Exception as error:
+            failed = error
+        anywhere = torch.tensor(float(failed is not None))
+        if self.group is not None:
+            dist.all_reduce(anywhere, group=self.group)
+        if not anywhere:
+            return
+        if self.world.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise failed or UserError(f"{self.folder}: another rank could not write; the last checkpoint is intact")
+
+    def _complete(self, writing: Future, done: Future, temporary: Path, step: int, best: dict | None) -> None:
+        """In the writing thread, when all ranks' parts are on disk or one has failed."""
+        error = writing.exception()
+        try:
+            if error is None and self.world.main:
+                os.replace(temporary, self.folder / _name(step))
+                if best is not None:
+                    note = self.folder / (BEST + ".tmp")
+                    note.write_text(json.dumps({"step": step, **best}))
+                    os.replace(note, self.folder / BEST)
+                self._prune()
+        except Exception as other:
+            error = other
+        if error is None:
+            done.set_result(None)
+            return
+        if self.world.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        done.set_exception(_told(error, self.folder))
+
+    def _prune(self) -> None:
+        found, best = all_of(self.folder), self.best
+        for old in found[: -self.keep]:
+            if best is None or step_of(old) != best["step"]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the writing has failed, as far as this rank knows by now; `wait` raises it."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            UserError: it could not be written; the checkpoints before it are intact.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def drop_after(self, step: int) -> None:
+        """Throw away what a run that goes on from `step` would make again. Rank 0 calls it."""
+        for path in all_of(self.folder):
+            if step_of(path) > step:
+                shutil.rmtree(path)
 
 
 def load(path: Path, model: torch.nn.Module, optimizer: Any, world: World) -> dict:
@@ -61,10 +183,18 @@ def load(path: Path, model: torch.nn.Module, optimizer: Any, world: World) -> di
 
     With another number of ranks than at the save, the weights and moments are resharded; data position and RNG are
     not this rank's then and `extra` says so by `same_world`.
+
+    Raises:
+        UserError: a damaged checkpoint, or one of another model.
     """
     parameters, moments = get_state_dict(model, optimizer, options=StateDictOptions(**_OPTIONS))
     state = {"model": parameters, "optimizer": moments}
-    dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
+    own = path / f"rank{world.rank}.pt"
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
+        extra = torch.load(own if own.exists() else path / "rank0.pt", weights_only=False)
+    except (dcp.api.CheckpointException, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
+        raise UserError(f"{path}: does not fit this run, or is damaged ({_line(_cause(error))})") from None
     set_state_dict(
         model,
         optimizer,
@@ -72,17 +202,44 @@ def load(path: Path, model: torch.nn.Module, optimizer: Any, world: World) -> di
         optim_state_dict=state["optimizer"],
         options=StateDictOptions(strict=False, **_OPTIONS),
     )
-    own = path / f"rank{world.rank}.pt"
-    extra = torch.load(own if own.exists() else path / "rank0.pt", weights_only=False)
     extra["same_world"] = extra["world"] == world.size
     if extra["same_world"]:
         torch.set_rng_state(extra["rng"]["torch"])
         random.setstate(extra["rng"]["python"])
-        if "cuda" in extra["rng"]:
+        if "cuda" in extra["rng"] and world.device.type == "cuda":
             torch.cuda.set_rng_state(extra["rng"]["cuda"])
     return copy.deepcopy(extra)
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _name(step: int) -> str:
+    return f"step-{step:07d}"
+
+
+def _write(value: Any, path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # torch's writer reports a full disk as its own loss of count
+        raise _cause(error) from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong at the bottom: DCP wraps each rank's error, torch's zip writer wraps the disk's."""
+    if isinstance(error, dcp.api.CheckpointException):
+        return _cause(next(iter(error.failures.values()))[0])
+    below = error.__cause__ or error.__context__
+    return _cause(below) if isinstance(error, RuntimeError) and below is not None else error
+
+
+def _told(error: BaseException, folder: Path) -> BaseException:
+    cause = _cause(error)
+    known = disk_error(folder, cause) if isinstance(cause, OSError) else None
+    if known is not None:
+        return known
+    return UserError(f"{folder}: the checkpoint could not be written ({_line(cause)}); the last one is intact")
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

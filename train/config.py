@@ -19,8 +19,24 @@ import yaml
 PRESETS = Path(__file__).parent / "configs"
 
 
+Switch = bool | str  # true, false, or "auto"
+
+
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
+
+
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),  # not to be written
+)
+
+
+def disk_error(path: Path, error: OSError) -> UserError | None:
+    """The clear line for a full disk or a directory that cannot be written; None for another error."""
+    if error.errno in _DISK:
+        return UserError(f"{path}: {os.strerror(error.errno).lower()}; the last checkpoint is intact")
+    return None
 
 
 @contextmanager
@@ -29,9 +45,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: {os.strerror(error.errno).lower()}; the last checkpoint is intact") from None
-        raise
+        known = disk_error(path, error)
+        if known is None:
+            raise
+        raise known from None
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,7 @@ class Model:
     ctc_weight: float = 0.3
     adapter_dropout: float = 0.1
     chat_template: str | None = None  # Jinja; the tokenizer's own where null
+    attention: str = "auto"  # the LLM's, by transformers' name: sdpa, eager, flash_attention_2, ...; auto: its default
     dtype: str = "auto"  # of the frozen parts and the arithmetic: float32, bfloat16, or what the device does fast
     lora_rank: int = 64
     lora_alpha: int = 16
@@ -59,14 +77,21 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    train: tuple[str, ...] = ()  # JSONL manifests
+    train: tuple[str, ...] = ()  # manifests: JSONL, lhotse cuts or supervisions, also gzipped (train/data/manifest.py)
     valid: tuple[str, ...] = ()
     tasks: dict[str, float] = field(default_factory=lambda: {"asr": 1.0})  # task -> weight of its row count
-    batch_seconds: float = 60.0  # audio per batch and rank; the last utterance may overshoot
+    more_phrasings: bool = False  # also the additional ones of train/data/prompts.py
+    batch_seconds: float = 60.0  # audio per batch and rank, padding included; never more
+    batch_tokens: int = 0  # prompts and answers likewise, in tokens; the audio adds 25 a second at most; 0: no bound
     batch_size: int = 16  # at most so many utterances
     buckets: int = 8
     temperature: tuple[float, float] = (1.0, 5.0)  # T = first + second * epoch; p_i ~ n_i ** (1 / T)
-    workers: int = 0
+    min_seconds: float = 0.1  # shorter and longer audio is skipped
+    max_seconds: float = 30.0
+    speed: tuple[float, ...] = ()  # speed perturbation: a factor drawn for each utterance, e.g. 0.9, 1.0, 1.1
+    spec_augment: tuple[int, ...] = ()  # frequency masks, most bins of each, time masks, most 10 ms frames of each
+    workers: int = 0  # processes that read audio ahead; the batches are the same as without
+    prefetch: int = 2  # batches each of them keeps ready
     cache_frames: bool = False  # keep the frozen encoder's output in memory, by utterance (float16)
     max_bad_share: float = 0.1  # stop when more than this share of the audio cannot be used
 
@@ -93,9 +118,17 @@ class Run:
     seed: int = 0
     threads: int = 0  # CPU threads per process; 0: torch's choice
     log_every: int = 10
+    loggers: tuple[str, ...] = ("jsonl",)  # besides the JSONL, which is always written: tensorboard, wandb
     save_every: int = 60  # seconds between checkpoints
+    keep: int = 2  # newest checkpoints that stay; the best by validation stays besides
+    valid_every: int = 0  # steps between validations; 0: only at the end
     valid_utterances: int = 40  # validation at the end of a stage; 0: none
+    hang_seconds: float = 600.0  # several ranks: no progress for so long ends the run and names the rank; 0: never
     replicate: int = 1  # HSDP: copies of the sharded model
+    mixed_precision: Switch = "auto"  # FSDP gathers weights in model.dtype, reduces gradients in float32; auto: yes
+    activation_checkpointing: bool = False  # the LLM's layers run again in backward instead of keeping activations
+    compile: Switch = "auto"  # adapters whole and the LLM layer by layer: auto (on a GPU), true, false
+    packed: Switch = "auto"  # LLM batches without padding; auto: where its attention takes them as they are
 
 
 @dataclass(frozen=True)
@@ -143,6 +176,10 @@ _LEAST = {
     "data.batch_size": 1,
     "data.buckets": 1,
     "data.workers": 0,
+    "data.prefetch": 1,
+    "data.batch_tokens": 0,
+    "data.min_seconds": 0,
+    "data.max_bad_share": 0,
     "optim.steps": 0,
     "optim.warmup": 0,
     "optim.accumulate": 1,
@@ -151,6 +188,10 @@ _LEAST = {
     "run.log_every": 1,
     "run.save_every": 0,
     "run.valid_utterances": 0,
+    "run.valid_every": 0,
+    "run.keep": 1,
+    "run.hang_seconds": 0,
+    "run.replicate": 1,
 }
 
 
@@ -167,6 +208,23 @@ def _check_numbers(config: Config) -> None:
     for key, value in positive.items():
         if not value > 0:
             raise UserError(f"{key}: must be above 0, got {value}")
+    _check_data(config.data)
+
+
+def _check_data(data: Data) -> None:
+    if not data.min_seconds < data.max_seconds <= 30:
+        raise UserError(f"data.max_seconds: must be above data.min_seconds and at most 30, got {data.max_seconds}")
+    if data.temperature[1] < 0:
+        raise UserError(f"data.temperature: must not fall with the epochs, got {data.temperature[1]} an epoch")
+    if data.speed and not all(0.5 <= factor <= 2 for factor in data.speed):
+        raise UserError(f"data.speed: factors lie between 0.5 and 2, got {', '.join(map(str, data.speed))}")
+    if data.spec_augment and (len(data.spec_augment) != 4 or min(data.spec_augment) < 0):
+        raise UserError(
+            f"data.spec_augment: takes frequency masks, bins, time masks, frames, got {list(data.spec_augment)}"
+        )
+    for name in ("speed", "spec_augment"):
+        if data.cache_frames and getattr(data, name):
+            raise UserError(f"data.{name}: changes the audio at every draw, so data.cache_frames must be false")
 
 
 def _split(text: str) -> tuple[str, Any]:
@@ -199,6 +257,10 @@ def _merge(config: Any, tree: dict[str, Any], where: str, prefix: str = "") -> A
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint == Switch:
+        if value == "auto" or isinstance(value, bool):
+            return value
+        raise UserError(f"{where}: takes auto, true or false, got {value!r}")
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _typed(value, args[0], where)
     if origin is tuple:

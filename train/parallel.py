@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,38 +42,58 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def shard(model: nn.Module, world: World, replicate: int, shard_encoder: bool) -> None:
+def mixed_precision(setting: bool | str, dtype: torch.dtype) -> Any:
+    """FSDP's policy: weights gathered (and multiplied) in `dtype`, gradients reduced in float32, masters untouched."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if setting is False or dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+
+def shard(model: nn.Module, world: World, replicate: int, shard_encoder: bool, policy: Any = None) -> None:
     """`fully_shard` in place: each layer of LLM and encoder, the rest with the root.
 
     Neither LLM nor encoder is a unit of its own: the wrapper uses the LLM's embedding before its forward runs, and
     the encoder's convolutions without its forward.
     `shard_encoder` must be False where ranks may skip the encoder (cached frames), or its collectives would not match.
 
+    Args:
+        replicate: HSDP: so many copies, each sharded over size / replicate neighbouring ranks.
+        policy: see `mixed_precision`.
+
     Raises:
         UserError: replicas that do not divide the ranks.
     """
+    if replicate < 1 or world.size % replicate:
+        raise UserError(f"run.replicate: {replicate} does not divide {world.size} ranks")
     if world.size == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if replicate < 1 or world.size % replicate:
-        raise UserError(f"run.replicate: {replicate} does not divide {world.size} ranks")
     if replicate > 1:
         shape, names = (replicate, world.size // replicate), ("replicate", "shard")
     else:
         shape, names = (world.size,), ("shard",)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    more = {"mesh": mesh} if policy is None else {"mesh": mesh, "mp_policy": policy}
     ignored: set[nn.Parameter] = set()
     if shard_encoder:
         for layer in model.audio_tower.layers:
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, **more)
     else:
         ignored = set(model.audio_tower.parameters())
     if model.language_model is not None:
         for layer in model.causal_lm.model.layers:
-            fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=ignored or None)
+            fully_shard(layer, **more)
+    fully_shard(model, **more, ignored_params=ignored or None)
+
+
+def reduce_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward sums gradients over ranks; of several accumulated batches only the last need do it."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(now)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -33,6 +33,12 @@ def _arguments(stage: int, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--valid", nargs="+", metavar="MANIFEST", help="validation manifests (data.valid)")
     parser.add_argument("--init", help="output directory of the previous stage (run.init)")
     parser.add_argument("--out", help="output directory (run.out)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: from the newest checkpoint of this run; never: afresh; PATH: from that checkpoint [%(default)s]",
+    )
     parser.add_argument("--overwrite", action="store_true", help="throw away a run with other settings in --out")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     return sort_settings(parser.parse_intermixed_args(argv))
@@ -86,17 +92,20 @@ def _finished(config: Config, overwrite: bool) -> bool:
     return settings.is_file() and settings.read_text() == text and (Path(config.run.out) / DONE).is_file()
 
 
-def _claim(config: Config) -> None:
-    """Make `run.out` this run's, throwing away one with other settings.
+def _claim(config: Config, resume: str) -> None:
+    """Make `run.out` this run's, throwing away one with other settings, or any where `resume` is 'never'.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or holds the checkpoint to start from.
     """
     out, text = Path(config.run.out), dump(config)
     settings = out / "config.yaml"
     with disk_errors(out):
-        if settings.is_file() and settings.read_text() != text:
+        if settings.is_file() and (settings.read_text() != text or resume == "never"):
+            if resume not in ("auto", "never") and Path(resume).resolve().is_relative_to(out.resolve()):
+                raise UserError(f"--resume {resume}: lies in {out}, which --overwrite would throw away; change --out")
             shutil.rmtree(out)
+        (out / DONE).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         temporary = out / "config.yaml.tmp"
         temporary.write_text(text)
@@ -124,7 +133,11 @@ def check(stage: int, argv: list[str], previous_exists: bool = True) -> Config:
 
 
 def main(stage: int, argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted (saved)."""
+    """Run one stage; returns the exit code.
+
+    0: done, or stopped by SIGTERM and saved; 2: a mistake of the user's, or a disk that refuses; 130: Ctrl-C, saved.
+    The watchdog ends a process that waits for a hung rank with 75.
+    """
     args = _arguments(stage, argv)
     world = None
     try:
@@ -132,11 +145,11 @@ def main(stage: int, argv: list[str] | None = None) -> int:
         from train import parallel
 
         world = parallel.start()
-        if _finished(config, args.overwrite):
+        if _finished(config, args.overwrite) and args.resume == "auto":
             if world.main:
                 print(f"{config.run.out}: already finished", file=sys.stderr)
             return 0
-        return _train(config, stage, world)
+        return _train(config, stage, world, args.resume)
     except KeyboardInterrupt:
         print(f"stage {stage}: interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -149,48 +162,57 @@ def main(stage: int, argv: list[str] | None = None) -> int:
             parallel.stop()
 
 
-def _train(config: Config, stage: int, world) -> int:
-    from train import parallel
+def _train(config: Config, stage: int, world, resume: str) -> int:
+    from train import environment, parallel
     from train.data.manifest import read
-    from train.trainer import Interrupted, Trainer
+    from train.signals import Interrupted
+    from train.trainer import Trainer
 
     for noise in (".*set_vital.*", ".*torch.distributed is disabled.*"):  # said by torchdata and DCP in every run
         warnings.filterwarnings("ignore", message=noise)
     for path in config.data.valid if config.run.valid_utterances else ():
         read(path)  # its mistakes are said now, not after the training
-    trainer = Trainer(config, stage, world)  # before anything is written: most mistakes show here
+    trainer = Trainer(config, stage, world, resume)  # before anything is written: most mistakes show here
     if world.main:
-        _claim(config)
+        _claim(config, resume)
+        with disk_errors(Path(config.run.out)):
+            environment.write(Path(config.run.out), world)
     parallel.barrier()
     trainer.resume()
     try:
-        trainer.run()
-    except Interrupted:
+        with disk_errors(Path(config.run.out)):
+            trainer.run()
+    except Interrupted as interruption:
         trainer.metrics.say(f"interrupted at step {trainer.step}, saved; the same command goes on from here")
-        return 130
+        return interruption.code
+    sharded = trainer.validator(trainer.step) if world.size > 1 and trainer.validator is not None else None
     if world.main:
-        _report(trainer, config)
+        _report(trainer, config, sharded)
     parallel.barrier()
     return 0
 
 
-def _report(trainer, config: Config) -> None:
-    """Validation, loss curves and the marker that this stage is done."""
+def _report(trainer, config: Config, sharded: dict | None) -> None:
+    """Validation, loss curves and the marker that this stage is done.
+
+    Args:
+        sharded: the held-out figures, where all ranks had to work on them together.
+    """
     from soundwave_fast import plots
-    from soundwave_fast.model import SoundwaveForConditionalGeneration, SoundwaveProcessor
     from train import metrics
     from train.data.manifest import read
     from train.evaluate import evaluate
+    from train.validation_figures import figures_of
+    from train.validation_figures import summary as summary_of
 
     out = Path(config.run.out)
     summary: dict = {"steps": trainer.step}
-    if config.data.valid and config.run.valid_utterances:
+    if sharded is not None:
+        print(f"held out: {summary_of(sharded)}", file=sys.stderr)
+        summary["valid"] = figures_of(sharded)
+    elif config.data.valid and config.run.valid_utterances:
         rows = [row for path in config.data.valid for row in read(path)][: config.run.valid_utterances]
-        model = trainer.model
-        if trainer.world.size > 1:  # sharded: read back what was saved
-            del trainer
-            model = SoundwaveForConditionalGeneration.from_pretrained(out, with_language_model=False)
-        scores = evaluate(model, SoundwaveProcessor.from_pretrained(out), rows)
+        scores = evaluate(trainer.model, trainer.processor, rows)
         print("\n".join(scores.lines()), file=sys.stderr)
         summary["valid"] = scores.summary()
     rows = metrics.read(out / metrics.FILE)

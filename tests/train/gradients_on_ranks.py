@@ -17,24 +17,47 @@ from train.parallel import World
 from train.trainer import Trainer
 
 TASKS = ("asr", "first_word", "capitals", "asr")
+INFEASIBLE = 1_000_000
+# how the model is sharded, and what is done to its layers: none of it may change a loss or a gradient, but for the
+# rounding of bfloat16, where FSDP's policy also rounds what autocast leaves in float32
+VARIANTS = {
+    "sharded": [],
+    "cached": ["data.cache_frames=true"],
+    "replicated": ["run.replicate=2"],
+    "checkpointed and packed": ["run.activation_checkpointing=true", "run.packed=true"],
+    "bfloat16": ["model.dtype=bfloat16"],
+}
 Item = tuple[Utterance, str, int]
 
 
 def scenarios(speech: Path) -> dict[str, list[list[Item]]]:
-    """Name -> what each of two ranks has; 'silent': the second rank's audio is all broken."""
+    """Name -> what each of two ranks has; 'silent': the second rank's audio is all broken.
+
+    'infeasible': the first transcript of the second rank, marked by its draw, gets more tokens than it has frames.
+    """
     good = [(row, task, draw) for draw, (row, task) in enumerate(zip(read(speech / "train.jsonl"), TASKS))]
     bad = [(row, "asr", 0) for row in read(speech / "broken.jsonl")[2:]]
-    return {"uneven": [good[:1], good[1:]], "halves": [good[:2], good[2:]], "silent": [good, bad]}
+    long = [(row, task, INFEASIBLE if draw == 2 else draw) for row, task, draw in good]
+    return {
+        "uneven": [good[:1], good[1:]],
+        "halves": [good[:2], good[2:]],
+        "silent": [good, bad],
+        "infeasible": [long[:2], long[2:]],
+    }
 
 
-def configuration(path: str, out: Path, init: str, cache: bool) -> Config:
-    settings = [f"run.out={out}", f"run.init={init}", f"data.cache_frames={str(cache).lower()}", "model.lora_dropout=0"]
-    return load(path, 3, None, [*settings, "model.adapter_dropout=0"])
+def configuration(path: str, out: Path, init: str, variant: str) -> Config:
+    settings = [f"run.out={out}", f"run.init={init}", "model.lora_dropout=0", "model.adapter_dropout=0"]
+    return load(path, 3, None, [*settings, *VARIANTS[variant]])
 
 
 def measure(trainer: Trainer, items: list[Item]) -> dict[str, Tensor]:
     """Global loss sums and the gradient of every trained parameter, in full on every rank."""
     batch = trainer.loader.dataset.collate(items)
+    for index, (*_, draw) in enumerate(items):
+        if draw == INFEASIBLE:
+            batch.ctc_targets = torch.nn.functional.pad(batch.ctc_targets, (0, 300), value=5)
+            batch.ctc_target_lengths[index] = 300
     counts = parallel.sum_over_ranks(batch.counts)
     sums = parallel.sum_over_ranks(trainer._forward_backward(batch, counts))
     out = {"ce": sums[0] / counts[0], "ctc": sums[1] / counts[1]}
@@ -56,11 +79,11 @@ def prepare(config: Config, world: World) -> Trainer:
 def main(path: str, init: str, speech: str, out: str) -> None:
     world = parallel.start()
     results = {}
-    for cache in (False, True):
-        folder = Path(out) / f"cache-{cache}"
-        trainer = prepare(configuration(path, folder, init, cache), world)
+    for variant in VARIANTS:
+        folder = Path(out) / variant
+        trainer = prepare(configuration(path, folder, init, variant), world)
         for name, parts in scenarios(Path(speech)).items():
-            results[name, cache] = measure(trainer, parts[world.rank])
+            results[name, variant] = measure(trainer, parts[world.rank])
         trainer._finish()  # nothing was trained: what is written must be what was read
     if world.main:
         torch.save(results, Path(out) / "gradients.pt")

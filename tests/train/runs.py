@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.model.tiny import Parts
 from train import stage
@@ -22,7 +24,7 @@ LORA = {r"shrinking_adapter\.": 1e-3, r"language_model\..*lora_": 1e-3}
 def write_config(path: Path, parts: Parts, speech: Path, **more: dict) -> Path:
     """YAML with stages of four steps; `more` is merged into its sections."""
     tree = {
-        "model": {"whisper": parts.whisper, "llm": parts.llm, "dtype": "float32", "lora_rank": 4},
+        "model": {"whisper": parts.whisper, "llm": parts.llm, "dtype": "float32", "lora_rank": 4, "lora_alpha": 8},
         "data": {
             "train": [str(speech / "train.jsonl")],
             "valid": [str(speech / "valid.jsonl")],
@@ -62,6 +64,12 @@ def rows(out: Path) -> list[dict]:
 def losses(out: Path) -> list[tuple]:
     """Step, losses and gradient norm of every row: what a resumed run must repeat to the last digit."""
     return [(row["step"], row["ce"], row["ctc"], row["grad_norm"]) for row in rows(out)]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """What a stage directory holds: adapters and LoRA."""
+    lora = out / "lora" / "adapter_model.safetensors"
+    return {**load_file(out / "adapters.safetensors"), **(load_file(lora) if lora.exists() else {})}
 
 
 def environment() -> dict[str, str]:

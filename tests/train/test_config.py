@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from train.config import PRESETS, Config, UserError, dump, load
+from train.data import tasks
 
 YAML = """
 model: {whisper: w, llm: l}
@@ -99,6 +100,8 @@ def test_no_such_preset():
 def test_shipped_presets_load_and_survive_a_round_trip(tmp_path, name, stage):
     config = load(name, stage)
     assert config.optim.trainable and config.run.out
+    assert all(task in tasks.NAMES for task in config.data.tasks)
+    assert stage == 1 or config.run.init == load(name, stage - 1).run.out, "each stage finds the one before"
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
     assert load(str(path), stage) == config

@@ -15,6 +15,16 @@ def config(tmp_path_factory, tiny_parts, speech_dir):
     return runs.write_config(tmp_path_factory.mktemp("config") / "tiny.yaml", tiny_parts, speech_dir)
 
 
+@pytest.fixture(scope="module")
+def stage2(tmp_path_factory, config):
+    """A finished stage 2 beside its stage 1."""
+    folder = tmp_path_factory.mktemp("stages")
+    more = ("optim.steps=0", "run.valid_utterances=0")
+    assert runs.run(1, config, folder / "stage1", *more) == 0
+    assert runs.run(2, config, folder / "stage2", "--init", str(folder / "stage1"), *more) == 0
+    return folder / "stage2"
+
+
 @pytest.fixture
 def fails(config, tmp_path, capsys):
     """Run a stage, expect one line that holds `message`; returns it. The output directory must not appear."""
@@ -64,6 +74,9 @@ def test_no_manifest_at_all(fails):
         ("optim.steps=few", "optim.steps: takes int, got 'few'"),
         ("model.semantics=papers", "semantics: 'papers' is not one of released, paper"),
         ("model.ctc_head=loose", "ctc_head: 'loose' is not one of tied, free"),
+        ("run.compile=perhaps", "run.compile: takes auto, true or false, got 'perhaps'"),
+        ("run.replicate=2", "run.replicate: 2 does not divide 1 ranks"),
+        ("run.keep=0", "run.keep: must be at least 1, got 0"),
         ("model.dtype=float8", "model.dtype: 'float8' is not one of auto, float32, bfloat16"),
         ("model.whisper=package:large", "no package part 'large'"),
         ("model.llm=", "takes str, got None"),
@@ -109,6 +122,14 @@ def test_broken_yaml(fails, tmp_path):
     fails(f"{broken}: not valid YAML", preset=broken)
 
 
+def test_no_checkpoint_to_resume_from(fails, tmp_path):
+    fails("no checkpoint there", "--resume", str(tmp_path / "nowhere"))
+
+
+def test_attention_that_is_not_there(fails, stage2):
+    fails("nothing_like_it", "--init", str(stage2), "model.attention=nothing_like_it", number=3)
+
+
 def test_no_such_preset(fails, tmp_path):
     fails("no such file or preset", preset=tmp_path / "none.yaml")
 
@@ -127,7 +148,31 @@ def test_init_must_be_a_finished_stage(fails, tmp_path, number):
 def test_init_with_another_architecture(fails, tmp_path, config):
     stage1 = tmp_path / "stage1"
     assert runs.run(1, config, stage1, "optim.steps=0", "run.valid_utterances=0") == 0
-    fails("ctc_head.audio_feature_head.weight", "--init", str(stage1), "model.ctc_head=free", number=2)
+    fails(
+        "does not fit: ctc_head was 'tied' there, is 'free' here",
+        "--init",
+        str(stage1),
+        "model.ctc_head=free",
+        number=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.lora_rank=8", "does not fit: model.lora_rank was 4 there, is 8 here"),
+        ("model.drop_blank=false", "does not fit: drop_blank was True there, is False here"),
+        ("model.semantics=released", "does not fit: adapter_attention was 'time' there, is 'position' here"),
+    ],
+)
+def test_init_trained_otherwise(fails, stage2, setting, message):
+    fails(message, "--init", str(stage2), setting, number=3)
+
+
+def test_stage_1_knows_nothing_of_shrinking(config, stage2, tmp_path):
+    """What only the shrinking adapter does may still be chosen in stage 2."""
+    more = ("--init", str(stage2.parent / "stage1"), "model.drop_blank=false", "run.valid_utterances=0")
+    assert runs.run(2, config, tmp_path / "out", *more, "optim.steps=1") == 0
 
 
 def test_out_holds_another_run(fails, tmp_path, capsys):
