@@ -13,6 +13,7 @@ from transformers.utils import logging
 from soundwave_fast.model import SoundwaveConfig, SoundwaveForConditionalGeneration, SoundwaveProcessor
 from soundwave_fast.model import checkpoint as stage_directory
 from soundwave_fast.model.config import SEMANTICS
+from soundwave_fast.model.lora import quietly
 from train.config import Config, Model, UserError
 
 STAGES = (1, 2, 3)
@@ -188,7 +189,8 @@ def add_lora(model: SoundwaveForConditionalGeneration, settings: Model, previous
             task_type="CAUSAL_LM",
         )
         try:
-            model.language_model = get_peft_model(model.language_model, lora)
+            with quietly():
+                model.language_model = get_peft_model(model.language_model, lora)
         except ValueError as error:
             raise UserError(f"model.lora_targets: {' '.join(str(error).split())[:200]}") from None
     for name, parameter in model.language_model.named_parameters():

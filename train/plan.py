@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,6 @@ def make(
     replicate = config.run.replicate
     if gpus < 1 or gpus % replicate:
         raise UserError(f"run.replicate: {replicate} does not divide {gpus} GPUs")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers so
     model = architectures.meta_model(config, stage) if model is None else model
     work, box, peak = _work(config, stage, speech or Speech()), BOXES[chip], cost_model.CHIPS[chip]
     recomputed = config.run.activation_checkpointing
