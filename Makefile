@@ -5,10 +5,14 @@
 #   TORCH_INDEX=URL      package index for torch alone. On the public index torch for Linux is the CUDA build;
 #                        on a machine without a GPU set this to PyTorch's CPU wheel index to avoid CUDA wheels.
 #   DEMO_ARGS="..."      passed on to `make demo`
+#   TEST_ARGS="..."      passed on to pytest [-n 2 --dist loadfile: two processes, a file of tests each at a time]
+#   SUITE_ARGS="..."     passed on to `make gpu`
 
 PYTHON      ?= python3
 TORCH_INDEX ?=
 DEMO_ARGS   ?=
+TEST_ARGS   ?= -n 2 --dist loadfile
+SUITE_ARGS  ?=
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -18,7 +22,7 @@ PIP   := $(PY) -m pip --disable-pip-version-check
 HAS_GPU := $(shell [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1 && echo 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench clean
+.PHONY: help env demo test lint bench gpu clean
 
 help:
 	@echo "make env     create .venv with everything (once; again when pyproject.toml or the pins change)"
@@ -26,6 +30,7 @@ help:
 	@echo "make test    lint, check the documentation, run the tests"
 	@echo "make lint    ruff and the documentation check alone"
 	@echo "make bench   time the ops against eager and the installed peers"
+	@echo "make gpu     on a GPU machine: ceilings, GPU tests, benchmarks, tuning; resumable (SUITE_ARGS=--dry-run rehearses)"
 	@echo "make clean   remove caches and build output (.venv and runs/ stay)"
 
 env: $(STAMP)
@@ -65,7 +70,7 @@ demo: env
 	$(PY) -m train.nano.demo $(DEMO_ARGS)
 
 test: env lint
-	$(PY) -m pytest tests -q
+	$(PY) -m pytest tests -q $(TEST_ARGS)
 
 lint: env
 	$(PY) -m ruff check .
@@ -73,6 +78,9 @@ lint: env
 
 bench: env
 	$(PY) -m pytest bench/ --benchmark-only
+
+gpu: env
+	$(PY) -m bench.gpu_suite $(SUITE_ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .benchmarks *.egg-info

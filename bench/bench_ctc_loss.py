@@ -21,9 +21,11 @@ SWEEP = {"C": (200, 5000, 49153, 128257) if ON_GPU else (200, 1000, 5000, 49153)
 
 def _inputs(case: Case, where: torch.device, seed: int):
     B, T, S, C = (case.shape[key] for key in "BTSC")
-    generator = torch.Generator().manual_seed(seed)
-    log_probs = torch.randn(T, B, C, generator=generator).log_softmax(-1).to(where, getattr(torch, case.dtype))
-    targets = torch.randint(1, C, (B, S), generator=generator).to(where)
+    generator = torch.Generator(where).manual_seed(seed)  # a billion numbers: drawn where they are wanted
+    log_probs = (
+        torch.randn(T, B, C, generator=generator, device=where).log_softmax(-1).to(where, getattr(torch, case.dtype))
+    )
+    targets = torch.randint(1, C, (B, S), generator=generator, device=where)
     return log_probs.requires_grad_(), targets, torch.full((B,), T), torch.full((B,), S)
 
 

@@ -28,11 +28,11 @@ CHUNK = 8192
 
 def _inputs(case: Case, where: torch.device, seed: int):
     B, T, D, V = case.shape.values()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(where).manual_seed(seed)  # a billion numbers: drawn where they are wanted
     dtype = getattr(torch, case.dtype)
-    hidden = torch.randn(B, T, D, generator=generator).to(where, dtype).requires_grad_()
-    weight = (torch.randn(V, D, generator=generator) / D**0.5).to(where, dtype)
-    targets = torch.randint(1, V, (B, S), generator=generator).to(where)
+    hidden = torch.randn(B, T, D, generator=generator, device=where).to(dtype).requires_grad_()
+    weight = (torch.randn(V, D, generator=generator, device=where) / D**0.5).to(dtype)
+    targets = torch.randint(1, V, (B, S), generator=generator, device=where)
     lengths = torch.full((B,), T, device=where), torch.full((B,), S, device=where)
     return hidden, weight.requires_grad_(case.variant.startswith("trainable")), targets, *lengths
 

@@ -109,9 +109,9 @@ def _make(case: Case, where: torch.device) -> tuple[dict[str, list[Step]], dict[
             steps[name] = [make(case, where, seed) for seed in range(sets)]
             for step in steps[name]:
                 step()
-        except Unavailable as reason:
+        except (Unavailable, torch.OutOfMemoryError) as reason:
             steps.pop(name, None)
-            missing[name] = str(reason)
+            missing[name] = str(reason).splitlines()[0]
     return steps, missing
 
 
@@ -121,7 +121,8 @@ def _difference(ours: tuple, baseline: tuple) -> float:
         x, y = x.detach().double(), y.detach().double()
         if x.shape != y.shape:
             return float("inf")
-        worst = max(worst, float((x - y).abs().max() / y.abs().max().clamp(min=1e-30)) if x.numel() else 0.0)
+        gap = float((x - y).abs().max() / y.abs().max().clamp(min=1e-30)) if x.numel() else 0.0
+        worst = max(worst, gap if gap == gap else float("inf"))  # NaN is as far as can be
     return worst
 
 
@@ -195,7 +196,12 @@ def extra_peak_mib(step: Step, where: torch.device) -> float | None:
 
 
 def peak_in_child(module: str, case: Case, provider: str) -> float | None:
-    """`extra_peak_mib` of a provider in a process of its own, whose heap no other provider has shaped."""
+    """`extra_peak_mib` of a provider in a process of its own, whose heap no other provider has shaped.
+
+    On a GPU here: its allocator counts bytes, not pages, and a process more would pay for a context and compile again.
+    """
+    if device().type == "cuda":
+        return extra_peak_mib(case.providers[provider](case, device(), 0), device())
     # A fixed threshold keeps glibc from holding on to large freed blocks, which would hide their next use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "bench.harness", module, case.op, case.id, provider]

@@ -5,6 +5,7 @@ Nano is Whisper tiny.en with SmolLM2-135M, the paper Whisper large-v3 with Llama
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,17 @@ def config(parts: Size, **semantics) -> SoundwaveConfig:
 def model(
     parts: Size, device: torch.device, with_language_model: bool = True, lora: bool = False, **semantics
 ) -> SoundwaveForConditionalGeneration:
-    """The model in bf16 on a GPU, fp32 on a CPU; with_language_model=False as in stage 1, lora=True as in 2 and 3."""
+    """The model in bf16 on a GPU, fp32 on a CPU; with_language_model=False as in stage 1, lora=True as in 2 and 3.
+
+    A GPU has room for one 8B model: there, whoever asks for the same gets the same, changed by those before or not.
+    """
+    make = _shared if device.type == "cuda" else _make
+    return make(parts, device, with_language_model, lora, **semantics).train()
+
+
+def _make(
+    parts: Size, device: torch.device, with_language_model: bool, lora: bool, **semantics
+) -> SoundwaveForConditionalGeneration:
     torch.manual_seed(0)
     settings = config(parts, **semantics)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -83,7 +94,10 @@ def model(
         made.language_model = get_peft_model(
             made.language_model, LoraConfig(r=64, lora_alpha=16, target_modules=target, task_type="CAUSAL_LM")
         )
-    return made.train()
+    return made
+
+
+_shared = functools.lru_cache(maxsize=1)(_make)
 
 
 @dataclass(frozen=True)

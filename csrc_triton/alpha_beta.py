@@ -15,11 +15,14 @@ Shape legend: T frames, B utterances, S longest target, K = S + 1 compact column
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton import tuning
 from csrc_triton.launch import block
 from csrc_triton.occupancy import occupancy
 
@@ -228,7 +231,8 @@ def alpha_beta(
     states = log_probs_TBK.new_empty((2, B, T, 2, K) if need_occupancy else (0,), dtype=dtype)
     edges = states.new_empty((2, programs, T) if chunks > 1 else (2, 0), dtype=torch.float64)
     top_TB = log_probs_TBK.amax(2).contiguous()
-    for chunk in range(chunks if B else 0):
+
+    def start(chunk: int, num_warps: int) -> None:
         _recursion_kernel[(programs,)](
             log_probs_TBK,
             top_TB,
@@ -245,8 +249,13 @@ def alpha_beta(
             STORE=need_occupancy,
             CHUNKED=chunks > 1,
             BLOCK_K=width,
-            num_warps=min(max(width // 32, 1), 8),
+            num_warps=num_warps,
         )
+
+    default = {"num_warps": min(max(width // 32, 1), 8)}
+    key = f"bytes {log_probs_TBK.itemsize}, K {width}"
+    for chunk in range(chunks if B else 0):
+        tuning.launch("recursion", key, default, functools.partial(start, chunk))
     if not need_occupancy:
         return nll_B, None
     return nll_B, occupancy(states, nll_B, *arguments, log_probs_TBK.dtype)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton import tuning
 from csrc_triton.alpha_beta import alpha_beta
 from csrc_triton.launch import block
 
@@ -166,21 +167,14 @@ def ctc_loss_backward(
     grad_TBC = torch.empty_like(log_probs_TBC)
     if T and B:
         grad_B, frames_B = grad_B.to(residual_TBK.dtype).contiguous(), frames_B.contiguous()
+        arguments = (grad_B, log_probs_TBC, frames_B, grad_TBC, T, C, *log_probs_TBC.stride(), *grad_TBC.stride())
         wide = block(C, most=_TILE)
-        tile = min(_TILE // wide, 32)
-        _dense_kernel[(triton.cdiv(T, tile), B)](
-            grad_B,
-            log_probs_TBC,
-            frames_B,
-            grad_TBC,
-            T,
-            C,
-            *log_probs_TBC.stride(),
-            *grad_TBC.stride(),
-            BLOCK_T=tile,
-            BLOCK_C=wide,
-            num_warps=8,
-        )
+        default = {"BLOCK_T": min(_TILE // wide, 32), "BLOCK_C": wide, "num_warps": 8}
+
+        def start(**sizes: int) -> None:
+            _dense_kernel[(triton.cdiv(T, sizes["BLOCK_T"]), B)](*arguments, **sizes)
+
+        tuning.launch("ctc_loss dense", f"bytes {log_probs_TBC.element_size()}, C {wide}", default, start)
         wide = block(K, most=_COMPACT_TILE)
         tile = _COMPACT_TILE // wide
         _label_kernel[(triton.cdiv(T, tile), B, triton.cdiv(K, wide))](

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton import tuning
 from csrc_triton.launch import block
 
 _TILE = 4096  # elements of a row copied by one program
@@ -123,7 +124,8 @@ def update_chunk(
     room = min(-(-w // 16) * 16, *(x.stride(0) for x in (z_Nw, out_Nw) if x is not None))
     D = 1 if expected_ND is None else expected_ND.shape[1]
     BLOCK_W = block(w, most=1 << 16)
-    if N:
+
+    def launch(num_warps: int) -> None:
         _update_chunk_kernel[(N,)](
             z_Nw,
             z_Nw if out_Nw is None else out_Nw,
@@ -149,8 +151,12 @@ def update_chunk(
             BLOCK_W=BLOCK_W,
             BLOCK_K=block(columns_BK.shape[1], most=128),
             BLOCK_D=block(D, most=1024),
-            num_warps=8 if BLOCK_W > 2048 else 4,
+            num_warps=num_warps,
         )
+
+    if N:
+        default = {"num_warps": 8 if BLOCK_W > 2048 else 4}
+        tuning.launch("linear_ctc_loss update", f"bytes {z_Nw.itemsize}, w {BLOCK_W}", default, launch)
 
 
 @triton.jit(do_not_specialize=["B", "K", "stride_running"])

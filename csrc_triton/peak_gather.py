@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.launch import block
+from csrc_triton import tuning
+from csrc_triton.launch import block, row_key, row_sizes
 from csrc_triton.ragged import locate, store_offsets
 
 _TILE = 4096  # elements of a copied tile: 32 a thread, so that several 16-byte loads are under way
@@ -177,29 +178,34 @@ def gather_peaks(
     B, device = counts_B.numel(), counts_B.device
     index_N = torch.empty(capacity, dtype=torch.int64, device=device)
     cu_seqlens = torch.empty(B + 1, dtype=torch.int32, device=device)
-    rows_ND, source, D, block_d, block_n = None, index_N, 0, 16, 128
+    rows_ND, source, D, default = None, index_N, 0, {"BLOCK_N": 128, "BLOCK_D": 16, "num_warps": 4}
     if features_BTD is not None:
         source, D = features_BTD, features_BTD.shape[2]
         rows_ND = source.new_empty(capacity, D)
-        block_d = block(D, most=1024)
-        block_n = min(_TILE // block_d, 64)
-    _gather_kernel[(max(triton.cdiv(capacity, block_n), 1),)](
-        source,
-        kept_BT,
-        counts_B,
-        index_N if rows_ND is None else rows_ND,
-        index_N,
-        cu_seqlens,
-        B,
-        frames,
-        D,
-        capacity,
-        *((0, 0, 0) if rows_ND is None else source.stride()),
-        HAS_FEATURES=rows_ND is not None,
-        BLOCK_B=block(B, most=64),
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-    )
+        default = row_sizes(D, _TILE, 64)
+
+    def start(**sizes: int) -> None:
+        _gather_kernel[(max(triton.cdiv(capacity, sizes["BLOCK_N"]), 1),)](
+            source,
+            kept_BT,
+            counts_B,
+            index_N if rows_ND is None else rows_ND,
+            index_N,
+            cu_seqlens,
+            B,
+            frames,
+            D,
+            capacity,
+            *((0, 0, 0) if rows_ND is None else source.stride()),
+            HAS_FEATURES=rows_ND is not None,
+            BLOCK_B=block(B, most=64),
+            **sizes,
+        )
+
+    if rows_ND is None:
+        start(**default)
+    else:
+        tuning.launch("peak_gather rows", row_key(rows_ND), default, start)
     return rows_ND, index_N, cu_seqlens
 
 
@@ -254,10 +260,9 @@ def gather_peaks_backward(
     """(B, T, D): row b * T + t is the gradient of the packed row taken from it, else 0: one launch."""
     D = grad_ND.shape[1]
     out_BTD = grad_ND.new_empty(batch, frames, D)
-    block_d = block(D, most=1024)
-    block_n = min(_TILE // block_d, 64)
-    if out_BTD.numel():
-        _gather_backward_kernel[(batch * triton.cdiv(frames, block_n),)](
+
+    def start(**sizes: int) -> None:
+        _gather_backward_kernel[(batch * triton.cdiv(frames, sizes["BLOCK_N"]),)](
             grad_ND,
             index_N,
             cu_seqlens,
@@ -265,8 +270,10 @@ def gather_peaks_backward(
             frames,
             D,
             *grad_ND.stride(),
-            BLOCK_N=block_n,
             BLOCK_K=64,
-            BLOCK_D=block_d,
+            **sizes,
         )
+
+    if out_BTD.numel():
+        tuning.launch("peak_gather backward", row_key(grad_ND), row_sizes(D, _TILE, 64), start)
     return out_BTD

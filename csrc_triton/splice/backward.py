@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.launch import block
+from csrc_triton import tuning
+from csrc_triton.launch import block, row_key, row_sizes
 from csrc_triton.splice.forward import LAYOUTS, TILE
 
 
@@ -70,10 +71,9 @@ def splice_text_backward(
     """(B, L, D): each text position gets the gradient of the row it became, others 0: one launch."""
     (B, L), (M, D) = ends_BL.shape, grad_BMD.shape[1:]
     out_BLD = grad_BMD.new_empty(B, L, D)
-    block_d = block(D, most=1024)
-    block_n = min(TILE // block_d, 64)
-    if out_BLD.numel():
-        _text_backward_kernel[(triton.cdiv(B * L, block_n),)](
+
+    def start(**sizes: int) -> None:
+        _text_backward_kernel[(triton.cdiv(B * L, sizes["BLOCK_N"]),)](
             grad_BMD,
             ends_BL,
             segment_BL,
@@ -86,9 +86,11 @@ def splice_text_backward(
             M,
             *grad_BMD.stride(),
             LAYOUT=LAYOUTS[layout],
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
+            **sizes,
         )
+
+    if out_BLD.numel():
+        tuning.launch("splice text backward", row_key(grad_BMD), row_sizes(D, TILE, 64), start)
     return out_BLD
 
 
@@ -158,10 +160,9 @@ def splice_audio_backward(
     """
     M, D = grad_BMD.shape[1:]
     out_ND = grad_BMD.new_empty(rows, D, dtype=dtype)
-    block_d = block(D, most=1024)
-    block_n = min(TILE // block_d, 64)
-    if out_ND.numel():
-        _audio_backward_kernel[(triton.cdiv(rows, block_n),)](
+
+    def start(**sizes: int) -> None:
+        _audio_backward_kernel[(triton.cdiv(rows, sizes["BLOCK_N"]),)](
             grad_BMD,
             cu_seqlens_P,
             ends_BL,
@@ -177,7 +178,9 @@ def splice_audio_backward(
             *grad_BMD.stride(),
             LAYOUT=LAYOUTS[layout],
             BLOCK_P=block(home_P.numel(), most=64),
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
+            **sizes,
         )
+
+    if out_ND.numel():
+        tuning.launch("splice audio backward", row_key(grad_BMD), row_sizes(D, TILE, 64), start)
     return out_ND

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.launch import block
+from csrc_triton import tuning
+from csrc_triton.launch import block, row_key, row_sizes
 from csrc_triton.ragged import locate, store_offsets
 
 IGNORE = tl.constexpr(-100)
@@ -227,35 +228,36 @@ def splice_rows(
     mask = None if mask_dtype is None else text_BLD.new_empty(shape, dtype=mask_dtype)
     labels = None if labels_BL is None else labels_BL.new_empty(shape)
     cu_seqlens = cu_seqlens_P.new_empty(B + 1)
-    block_d = block(D, most=1024)
-    block_n = min(TILE // block_d, 16)
-    _rows_kernel[(max(triton.cdiv(rows, block_n), 1),)](
-        text_BLD,
-        audio_ND,
-        cu_seqlens_P,
-        ends_BL,
-        segment_BL,
-        lengths_B,
-        positions if labels_BL is None else labels_BL,
-        embeds,
-        positions if mask is None else mask,
-        positions,
-        positions if labels is None else labels,
-        cu_seqlens,
-        B,
-        L,
-        audio_ND.shape[0],
-        D,
-        length,
-        rows,
-        *text_BLD.stride(),
-        *audio_ND.stride(),
-        *((0, 0) if labels_BL is None else labels_BL.stride()),
-        LAYOUT=LAYOUTS[layout],
-        HAS_LABELS=labels_BL is not None,
-        BLOCK_B=block(B, most=64),
-        BLOCK_L=block(L, most=128),
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-    )
+
+    def start(**sizes: int) -> None:
+        _rows_kernel[(max(triton.cdiv(rows, sizes["BLOCK_N"]), 1),)](
+            text_BLD,
+            audio_ND,
+            cu_seqlens_P,
+            ends_BL,
+            segment_BL,
+            lengths_B,
+            positions if labels_BL is None else labels_BL,
+            embeds,
+            positions if mask is None else mask,
+            positions,
+            positions if labels is None else labels,
+            cu_seqlens,
+            B,
+            L,
+            audio_ND.shape[0],
+            D,
+            length,
+            rows,
+            *text_BLD.stride(),
+            *audio_ND.stride(),
+            *((0, 0) if labels_BL is None else labels_BL.stride()),
+            LAYOUT=LAYOUTS[layout],
+            HAS_LABELS=labels_BL is not None,
+            BLOCK_B=block(B, most=64),
+            BLOCK_L=block(L, most=128),
+            **sizes,
+        )
+
+    tuning.launch("splice rows", row_key(text_BLD), row_sizes(D, TILE, 16), start)
     return embeds, mask, positions, labels, cu_seqlens

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.launch import INTERPRETED
-from csrc_triton.varlen_cross_attention.sizes import sizes
+from csrc_triton.varlen_cross_attention.sizes import launch
 from csrc_triton.varlen_cross_attention.tiles import keep_mask, load_tile, rows_of, split_queries, store_tile
 
 LOG2_E = 1.4426950408889634
@@ -126,34 +126,37 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((2, *q.shape[:2]), dtype=torch.float32, device=q.device)
     queries = max_seqlen_q * (H // G)
-    blocks = sizes("forward", q, queries)
-    tiles = max(triton.cdiv(queries, blocks["BLOCK_M"]), 1)
-    _forward_kernel[(cu_seqlens_q.numel() * G * tiles,)](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        cu_seqlens_q if seed is None else seed,
-        q.shape[0],
-        k.shape[0],
-        cu_seqlens_q.numel() - 1,
-        tiles,
-        G,
-        H // G,
-        d,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        max(abs(scale) * LOG2_E, TINY),
-        dropout_p,
-        DROPOUT=seed is not None,
-        UPCAST=INTERPRETED,
-        **blocks,
-    )
+
+    def start(**blocks: int) -> None:
+        tiles = max(triton.cdiv(queries, blocks["BLOCK_M"]), 1)
+        _forward_kernel[(cu_seqlens_q.numel() * G * tiles,)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            cu_seqlens_q if seed is None else seed,
+            q.shape[0],
+            k.shape[0],
+            cu_seqlens_q.numel() - 1,
+            tiles,
+            G,
+            H // G,
+            d,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            max(abs(scale) * LOG2_E, TINY),
+            dropout_p,
+            DROPOUT=seed is not None,
+            UPCAST=INTERPRETED,
+            **blocks,
+        )
+
+    launch("forward", q, queries, start)
     return out, lse
 
 

@@ -1,13 +1,16 @@
 """Block sizes of the attention kernels, by kernel, chip, element size and head width.
 
-A fixed table: what autotuning picks may differ from run to run and from rank to rank, and the last bits with it.
-Chosen by compiling ahead of time: the largest blocks that fit the shared memory and spill next to nothing.
+Chosen by compiling ahead of time: the largest blocks that fit the shared memory and spill next to nothing. What was
+measured to be faster on a chip stands in csrc_triton/tuned.json and goes first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
+from csrc_triton import tuning
 from csrc_triton.launch import block, chip
 
 # (bytes of an element, padded head width): most queries, keys, warps, stages
@@ -34,19 +37,20 @@ _AMD: dict[str, _Table] = {
 }
 
 
-def sizes(kernel: str, x: Tensor, queries: int) -> dict[str, int]:
-    """Blocks, warps and stages for tensors like x (rows, heads, d), at most `queries` queries to a key head."""
+def launch(kernel: str, x: Tensor, queries: int, start: Callable[..., None]) -> None:
+    """`start(**blocks)`, blocks, warps and stages as kernels take them for tensors like x (rows, heads, d).
+
+    BLOCK_M is no larger than `queries`, the most queries to a key head, need.
+    """
     d = x.shape[2]
     key = (x.element_size(), 64 if d <= 64 else 128)
     most, keys, warps, stages = _of_this_chip().get(kernel, {}).get(key) or _SIZES[kernel][key]
-    return {
-        "BLOCK_M": block(queries, most=most),
-        "BLOCK_N": keys,
-        "BLOCK_D": block(d),
-        "EVEN_D": d == block(d),
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+    default = {"BLOCK_M": most, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+
+    def fitted(BLOCK_M: int, **others: int) -> None:
+        start(BLOCK_M=block(queries, most=BLOCK_M), BLOCK_D=block(d), EVEN_D=d == block(d), **others)
+
+    tuning.launch(f"attention {kernel}", f"bytes {key[0]}, d {key[1]}", default, fitted)
 
 
 def _of_this_chip() -> dict[str, _Table]:

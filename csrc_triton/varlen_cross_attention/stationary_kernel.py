@@ -14,7 +14,7 @@ from torch import Tensor
 
 from csrc_triton.launch import INTERPRETED
 from csrc_triton.varlen_cross_attention.forward_kernel import LOG2_E, TINY, kernel_layout
-from csrc_triton.varlen_cross_attention.sizes import sizes
+from csrc_triton.varlen_cross_attention.sizes import launch
 from csrc_triton.varlen_cross_attention.tiled_kernels import backward_tiled
 from csrc_triton.varlen_cross_attention.tiles import (
     load_lse,
@@ -157,7 +157,6 @@ def backward(
     dq = torch.empty(q.shape if need_q else (0,), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape if need_kv else (0,), dtype=k.dtype, device=k.device) for _ in range(2))
     queries = max_seqlen_q * (H // G)
-    blocks = sizes("stationary", q, queries)
     offsets = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_q if seed is None else seed)
     rows = (q.shape[0], k.shape[0], cu_seqlens_q.numel() - 1)
     numbers = (
@@ -174,10 +173,14 @@ def backward(
     )
     flags = {"DROPOUT": seed is not None, "UPCAST": INTERPRETED}
     tensors = (q, k, v, out, grad, lse, dq, dk, dv)
-    if queries <= blocks["BLOCK_M"]:
+
+    def start(**blocks: int) -> None:
+        if queries > blocks["BLOCK_M"]:
+            backward_tiled(*tensors, offsets, rows, numbers, flags, queries, max_seqlen_k)
+            return
         _stationary_kernel[(cu_seqlens_q.numel() * G,)](
             *tensors, *offsets, *rows, *numbers, NEED_Q=need_q, NEED_KV=need_kv, **flags, **blocks
         )
-    else:
-        backward_tiled(*tensors, offsets, rows, numbers, flags, queries, max_seqlen_k)
+
+    launch("stationary", q, queries, start)
     return -dq if scale < 0 else dq, dk, dv

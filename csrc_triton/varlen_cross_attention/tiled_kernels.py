@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.varlen_cross_attention.sizes import sizes
+from csrc_triton.varlen_cross_attention.sizes import launch
 from csrc_triton.varlen_cross_attention.tiles import (
     load_lse,
     load_tile,
@@ -203,14 +203,19 @@ def backward_tiled(
     delta = torch.empty_like(lse[0])
     programs = offsets[0].numel() * k.shape[1]
     need_q, need_kv = dq.dim() == 3, dk.dim() == 3
-    blocks = sizes("queries", q, queries)
-    tiles = triton.cdiv(queries, blocks["BLOCK_M"])
-    _queries_kernel[(programs * tiles,)](
-        q, k, v, out, grad, lse, delta, dq, *offsets, *rows, tiles, *numbers, NEED_Q=need_q, **flags, **blocks
-    )
-    if need_kv:
-        blocks = sizes("keys", q, queries)
+
+    def for_queries(**blocks: int) -> None:
+        tiles = triton.cdiv(queries, blocks["BLOCK_M"])
+        _queries_kernel[(programs * tiles,)](
+            q, k, v, out, grad, lse, delta, dq, *offsets, *rows, tiles, *numbers, NEED_Q=need_q, **flags, **blocks
+        )
+
+    def for_keys(**blocks: int) -> None:
         tiles = max(triton.cdiv(keys, blocks["BLOCK_N"]), 1)
         _keys_kernel[(programs * tiles,)](
             q, k, v, grad, lse, delta, dk, dv, *offsets, *rows, tiles, *numbers, **flags, **blocks
         )
+
+    launch("queries", q, queries, for_queries)
+    if need_kv:
+        launch("keys", q, queries, for_keys)

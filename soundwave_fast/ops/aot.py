@@ -277,7 +277,8 @@ def inspect(target: str, dtypes: tuple[str, ...] = DTYPES) -> list[Kernel]:
 def sources_digest() -> str:
     """Of everything the table depends on in this repository."""
     digest = hashlib.sha256()
-    for path in [*sorted((ROOT / "csrc_triton").rglob("*.py")), Path(__file__)]:
+    sources = sorted(path for path in (ROOT / "csrc_triton").rglob("*") if path.suffix in (".py", ".json"))
+    for path in [*sources, Path(__file__)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -75,15 +75,16 @@ class Frames:
         if known_to_host(input_lengths, hidden):
             lengths_B = input_lengths.reshape(-1).cpu()
             starts = [0, *lengths_B.cumsum(0).tolist()]
+            starts_B = torch.tensor(starts[:-1], dtype=torch.int64).to(device, non_blocking=True)
             if starts[-1] != B * T:
                 valid_BT = torch.arange(T) < lengths_B[:, None]
                 row_N = index_N = valid_BT.reshape(-1).nonzero().squeeze(1).to(device, non_blocking=True)
                 x_ND = x_ND.index_select(0, index_N)
         else:
             starts = [b * T for b in range(B + 1)]
+            starts_B = torch.arange(B, device=device) * T  # made there: a CUDA graph takes no copy from the host
             valid_N = (torch.arange(T, device=device) < compact.input_lengths_B[:, None]).reshape(-1)
             x_ND = x_ND.masked_fill(~valid_N[:, None], 0.0)
-        starts_B = torch.tensor(starts[:-1], dtype=torch.int64).to(device, non_blocking=True)
         utterance_N = row_N // max(T, 1)
         return cls(x_ND.to(dtype), starts, starts_B, utterance_N, index_N, valid_N, compact, hidden.shape)
 

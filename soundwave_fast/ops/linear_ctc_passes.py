@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soundwave_fast.ops.backend import implementation
+from soundwave_fast.ops.backend import implementation, runs_triton
 from soundwave_fast.ops.gemm import add_mm, mm
 from soundwave_fast.ops.linear_ctc_parts import Frames, Head, Softmax, fits_B, likelihood
 
@@ -50,9 +50,15 @@ def _limit(limits: dict[str, int], x: Tensor) -> int:
     return limits.get(x.device.type, limits["cuda"])
 
 
-def _width(rows: int, vocabulary: int, elements: int) -> int:
-    """Columns of a chunk: aligned, and all chunks about equally wide."""
-    most = max(min(CHUNK_COLUMNS, elements // max(rows, 1)) // CHUNK_ALIGN * CHUNK_ALIGN, CHUNK_ALIGN)
+def _width(x_ND: Tensor, vocabulary: int) -> int:
+    """Columns of a chunk for these rows: aligned, and all chunks about equally wide."""
+    limits = {"columns": CHUNK_COLUMNS, "elements": _limit(CHUNK_ELEMENTS, x_ND)}
+    if runs_triton(x_ND):
+        from csrc_triton import tuning
+
+        limits = tuning.sizes("linear_ctc_loss chunks", f"bytes {x_ND.element_size()}, D {x_ND.shape[1]}", **limits)
+    most = min(limits["columns"], limits["elements"] // max(len(x_ND), 1))
+    most = max(most // CHUNK_ALIGN * CHUNK_ALIGN, CHUNK_ALIGN)
     even = -(-vocabulary // -(-vocabulary // most))
     return _aligned(even)
 
@@ -73,7 +79,7 @@ def _walk(
     steps = implementation("linear_ctc_loss", frames.x_ND)
     x_ND, utterance_N = frames.x_ND[rows], frames.utterance_N[rows]
     N, V = len(x_ND), len(head.weight)
-    width = _width(N, V, _limit(CHUNK_ELEMENTS, x_ND))
+    width = _width(x_ND, V)
     wanted = store is not None or expected_ND is not None
     scratch = x_ND.new_empty(N * width) if store is None else None
     base_N = torch.empty_like(softmax.sum_N)

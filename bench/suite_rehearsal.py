@@ -1,0 +1,26 @@
+"""Pytest plugin of the suite's rehearsal: every bench case at a tiny shape, one round (`-p bench.suite_rehearsal`)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+MOST = {"B": 2, "T": 24, "T50": 40, "Lq": 6, "Lk": 24, "L": 8, "A": 6, "S": 3, "C": 90, "V": 700, "new": 2}
+WIDEST = 1000  # a case of D 4096 is one of D 576 once more
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    small, kept = {}, []  # one case an op, variant and shape, as harness.measure remembers them by
+    for item in items:
+        call = getattr(item, "callspec", None)
+        case = call.params.get("case") if call else None
+        if case is None or case.shape.get("D", 0) > WIDEST:
+            continue
+        shape = {name: min(value, MOST.get(name, value)) for name, value in case.shape.items()}
+        key = (case.op, case.variant, *shape.items())
+        first, case = small.setdefault(key, (case, dataclasses.replace(case, shape=shape, rounds=1, cost=None)))
+        if first is call.params["case"]:  # else two cases became one
+            call.params["case"] = case
+            kept.append(item)
+    items[:] = kept
