@@ -16,7 +16,7 @@ from soundwave_fast.ops.compact import compact_targets
 
 ON_GPU = device().type == "cuda"
 BASE = {"B": 8, "T": 750 if ON_GPU else 150, "S": 100 if ON_GPU else 20, "C": 32}
-SWEEP = {"C": (200, 5000, 49153, 128257) if ON_GPU else (200, 1000, 5000, 49153)}
+SWEEP = {"C": (200, 5000, 49153, 128257) if ON_GPU else (200, 1000, 5000, 49153), "S": (5, 60)}
 
 
 def _inputs(case: Case, where: torch.device, seed: int):

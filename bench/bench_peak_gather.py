@@ -114,6 +114,7 @@ def case(**shape: int) -> Case:
         "utterance by utterance": _provider(one_by_one),
         "boolean mask": _provider(boolean_mask),
         "index_select": _provider(index_select),
+        "index_select, compiled": _provider(torch.compile(index_select, dynamic=True)),
         "ours": _provider(ours),
         "ours with a capacity": _with_capacity,
     }

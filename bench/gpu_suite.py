@@ -40,7 +40,8 @@ def write(path: Path, document: dict) -> None:
 
 def environment(out: Path, rehearsal: bool) -> dict[str, str]:
     """Of every step: no network, kernels interpreted in a rehearsal and only there, wheels before what is installed."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env = {**inherited, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     places = [str(ROOT), *([str(out / "site")] if (out / "site").is_dir() else []), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(place for place in places if place)
     env["TRITON_INTERPRET"] = "1" if rehearsal else "0"

@@ -224,7 +224,7 @@ def sweep_cases(bench: ModuleType) -> list[tuple[str, int, Case]]:
     return [
         (along, value, bench.case(**{**bench.BASE, along: value}))
         for along, values in sweep.items()
-        for value in values
+        for value in sorted({*values, bench.BASE[along]})
     ]
 
 
