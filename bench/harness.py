@@ -13,13 +13,12 @@ import dataclasses
 import functools
 import gc
 import importlib
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 
@@ -202,20 +201,47 @@ def peak_in_child(module: str, case: Case, provider: str) -> float | None:
     """
     if device().type == "cuda":
         return extra_peak_mib(case.providers[provider](case, device(), 0), device())
+    ours, theirs = _server().Pipe(duplex=False)
+    child = _server().Process(target=_child, args=(theirs, module, case.op, case.id, provider))
+    child.start()
+    theirs.close()
+    try:
+        answer = ours.recv() if ours.poll(300) else "no answer within 300 s"
+    except EOFError:
+        answer = "the process died"
+    child.kill()
+    child.join()
+    if isinstance(answer, str):
+        raise RuntimeError(f"memory of {case.op} {case.id} {provider}: {answer}")
+    return answer
+
+
+@functools.cache
+def _server():
+    """Where processes are forked from that have imported what every benchmark needs and computed nothing yet."""
     # A fixed threshold keeps glibc from holding on to large freed blocks, which would hide their next use.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "bench.harness", module, case.op, case.id, provider]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        raise RuntimeError(f"memory of {case.op} {case.id} {provider}: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    wanted = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
+    before = {name: os.environ.get(name) for name in wanted}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.harness", "bench.parts"])
+    os.environ.update(wanted)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return context
 
 
-def _child(module: str, op: str, case_id: str, provider: str) -> None:
-    bench = importlib.import_module(module)
-    cases = [*bench.CASES, *(case for _, _, case in sweep_cases(bench))]
-    case = next(case for case in cases if (case.op, case.id) == (op, case_id))
-    print(json.dumps(extra_peak_mib(case.providers[provider](case, device(), 0), device())))
+def _child(answer, module: str, op: str, case_id: str, provider: str) -> None:
+    """Sends the extra peak in MiB, or a text that says what went wrong."""
+    try:
+        bench = importlib.import_module(module)
+        cases = [*bench.CASES, *(case for _, _, case in sweep_cases(bench))]
+        case = next(case for case in cases if (case.op, case.id) == (op, case_id))
+        answer.send(extra_peak_mib(case.providers[provider](case, device(), 0), device()))
+    except Exception as error:
+        answer.send(f"{type(error).__name__}: {error}"[-2000:])
 
 
 def sweep_cases(bench: ModuleType) -> list[tuple[str, int, Case]]:
@@ -306,7 +332,3 @@ def record(benchmark, request, case: Case, provider: str) -> None:
         benchmark.pedantic(lambda: None, rounds=len(samples), iterations=1)
     finally:
         benchmark._timer = timer
-
-
-if __name__ == "__main__":
-    _child(*sys.argv[1:])
