@@ -95,23 +95,29 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def headline(machine: dict, rows: list[dict]) -> list[str]:
-    """A line a case for the README: ours against the baseline, in time and memory."""
-    lines = ["| op and case | times faster | of its memory | baseline |", "|---|---|---|---|"]
-    cases = defaultdict(dict)
+def ours(rows: list[dict]) -> list[tuple[dict, dict | None]]:
+    """(our row, the baseline's) of the first case of every op and variant: what the README shows."""
+    cases, found = defaultdict(dict), {}
     for row in rows:
         cases[_case(row)][row["provider"]] = row
     for (op, variant, _), providers in cases.items():
-        if "ours" not in providers:
-            continue
-        ours = providers["ours"]
-        baseline = providers.get(ours["baseline"])
-        memory = ""
-        if baseline and ours.get("extra_peak_mib") is not None and baseline.get("extra_peak_mib"):
-            memory = f"{100 * max(ours['extra_peak_mib'], 0) / baseline['extra_peak_mib']:.0f} %"
-        lines.append(f"| `{op}`, {variant} | {ours['ratio']:.2f} | {memory} | {ours['baseline']} |")
+        mine = providers.get("ours")
+        if mine is not None:
+            found.setdefault((op, variant), (mine, providers.get(mine["baseline"])))
+    return list(found.values())
+
+
+def headline(machine: dict, rows: list[dict], plot: str) -> list[str]:
+    """A line a case for the README: ours against the baseline, in time and memory."""
+    lines = [f"![ours against eager]({plot})", ""]
+    lines += ["| op | case | times faster | extra peak MiB, ours / baseline | baseline |", "|---|---|---|---|---|"]
+    for mine, baseline in ours(rows):
+        memory = "" if baseline is None or not _mib(mine) else f"{_mib(mine)} / {_mib(baseline)}"
+        case = f"{mine['variant']}, " + " ".join(f"{k} {v}" for k, v in mine["shape"].items())
+        lines.append(f"| `{mine['op']}` | {case} | {mine['ratio']:.2f} | {memory} | {mine['baseline']} |")
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['versions'].get('torch', '?')}"
-    return [*lines, "", f"Measured on {where}, commit `{machine['commit'][:7]}`; every row: `bench/RESULTS.md`."]
+    note = "forward and backward but for `generate`; every row, with spread, peers and where ours is slower"
+    return [*lines, "", f"Measured on {where}, commit `{machine['commit'][:7]}`: {note}: `bench/RESULTS.md`."]
 
 
 def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, list[dict]]]]:
@@ -124,6 +130,7 @@ def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, 
         "highest. Extra peak is the growth of memory over one call, in a process of its own. % of floor is the least",
         "time the work could take (`soundwave_fast/cost_model.py`) over the median.",
         "",
+        *([] if any(is_gpu(path) for path in paths) else ["**No GPU row exists yet.**", ""]),
     ]
     block, kept = None, []
     for path in paths:
@@ -145,9 +152,13 @@ def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, 
         lines += table(fresh)
         if gone:
             lines += ["Refused, because the op has changed since: " + "; ".join(gone) + ".", ""]
-        block = block or "\n".join(headline(machine, fresh))
+        block = block or "\n".join(headline(machine, fresh, f"bench/results/{path.stem}_ours.png"))
         kept.append((path, machine, fresh))
     return "\n".join(lines), block, kept
+
+
+def is_gpu(path: Path) -> bool:
+    return "cpu" not in path.name
 
 
 def newest() -> list[Path]:
@@ -155,7 +166,7 @@ def newest() -> list[Path]:
     latest: dict[str, Path] = {}
     for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.name.split("_")[1:2]):
         latest[path.name.split("_")[0]] = path
-    return sorted(latest.values(), key=lambda path: ("cpu" in path.name, path.name))
+    return sorted(latest.values(), key=lambda path: (not is_gpu(path), path.name))
 
 
 def with_block(readme: str, block: str) -> str:
@@ -192,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     for path, machine, rows in kept:
         if rows:
             plots.ratios(rows, machine, RESULTS / f"{path.stem}.png")
+            plots.ratios([mine for mine, _ in ours(rows)], machine, RESULTS / f"{path.stem}_ours.png")
     print(f"wrote {MARKDOWN.relative_to(ROOT)}: {sum(len(rows) for _, _, rows in kept)} rows of {len(kept)} machines")
     return 0
 
