@@ -86,7 +86,8 @@ def test_report_shows_the_ratio_first(tmp_path):
     path.write_text(json.dumps(results("HEAD", ["LICENSE"])))
     text, block, kept = report.compose([path])
     assert "| ours | **2.00** (1.90 ... 2.10) | 100 / 100 / 100 | 8 | 50 % |" in text
-    assert "| `ctc_loss`, fp32 | 2.00 | 10 % | eager |" in block
+    assert "| `ctc_loss` | fp32, B 8 T 150 | 2.00 | 8 / 80 | eager |" in block
+    assert "No GPU row exists yet" in text
     assert len(kept[0][2]) == 2
 
 
