@@ -77,7 +77,8 @@ def _bench(modules: tuple[str, ...], name: str, out: Path, *more: str) -> Step:
 
 
 def _rehearsed_benches(out: Path) -> list[Step]:
-    return [_bench((*OPS, *ADAPTERS), "ops", out, "--no-memory", "-p", "bench.suite_rehearsal")]
+    small = ("--no-memory", "-p", "bench.suite_rehearsal")
+    return [_bench((*OPS, *ADAPTERS), "ops", out, *small), _bench(MODELS, "models", out, *small)]
 
 
 # -- the summary ---------------------------------------------------------------------------------------------------

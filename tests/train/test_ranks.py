@@ -108,6 +108,23 @@ def test_frozen_sharded_adapters_are_saved_whole(ranks, tiny_parts, speech_dir, 
     assert json.loads((tmp_path / "out" / "done.json").read_text())["valid"]["utterances"] == 2
 
 
+def test_three_stages_end_to_end(tiny_parts, speech_dir, tmp_path):
+    """Each from what the one before left, validated by both ranks."""
+    config = runs.write_config(tmp_path / "tiny.yaml", tiny_parts, speech_dir)
+    out = [tmp_path / f"stage{number}" for number in (1, 2, 3)]
+    for number, init in zip((1, 2, 3), (None, *out)):
+        more = () if init is None else ("--init", str(init))
+        torchrun(
+            f"train/stage{number}.py", "--config", str(config), "--out", str(out[number - 1]), *more, "optim.steps=2"
+        )
+        assert [row["step"] for row in runs.rows(out[number - 1])] == [1, 2]
+        valid = json.loads((out[number - 1] / "done.json").read_text())["valid"]
+        assert valid["utterances"] == 2 and ("llm_wer" in valid) == (number > 1), valid
+    before, after = (load_file(path / "lora" / "adapter_model.safetensors") for path in out[1:])
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    assert (out[2] / "config.yaml").is_file() and (out[2] / "environment.json").is_file()
+
+
 def test_two_ranks_begin_and_one_goes_on(tiny_parts, speech_dir, tmp_path, capsys):
     config = runs.write_config(tmp_path / "tiny.yaml", tiny_parts, speech_dir)
     out, more = tmp_path / "out", ("optim.steps=3", "run.valid_utterances=0", "run.save_every=0")
