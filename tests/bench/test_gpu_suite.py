@@ -27,7 +27,7 @@ def test_dry_run_leaves_everything(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     document = json.loads((tmp_path / "summary.json").read_text())
     assert all(step["state"] == "ok" for step in document["steps"].values())
-    assert {row["op"] for row in document["rows"]} == {*suite_steps.OPS, *suite_steps.ADAPTERS}
+    assert {row["op"] for row in document["rows"]} == {*suite_steps.OPS, *suite_steps.ADAPTERS, *suite_steps.MODELS}
     assert len(document["ceilings"]["rates"]) == 6 and all(rate > 0 for rate in document["ceilings"]["rates"].values())
     for step in document["train_steps"]:
         assert sum(step["shares"].values()) == pytest.approx(1.0, abs=0.1)
