@@ -9,7 +9,6 @@ import subprocess
 import sys
 from importlib import metadata
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow each other on a few cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
@@ -43,13 +42,13 @@ def conformance(request: pytest.FixtureRequest) -> None:
     if case is None or request.config.getoption("--no-conformance") or request.config.getoption("--smoke"):
         return
     tests = case.tests or f"tests/ops/test_{case.op}.py"
-    key = f"bench/conformance/{case.op}"
     digest = _digest(case, tests)
+    key = f"bench/conformance/{case.op}-{digest[:12]}"
     verdict = request.config.cache.get(key, {})
-    if verdict.get("digest") != digest:
+    if not verdict:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", tests]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        verdict = {"digest": digest, "passed": done.returncode == 0, "tail": done.stdout[-1500:]}
+        verdict = {"passed": done.returncode == 0, "tail": done.stdout[-1500:]}
         request.config.cache.set(key, verdict)
     if not verdict["passed"]:
         pytest.fail(f"{tests} fails, so {case.op} is not timed:\n{verdict['tail']}", pytrace=False)

@@ -3,7 +3,8 @@
 A `Case` is one op at one shape; its providers are ways to compute it (eager, ours, installed peers). All providers of
 a case are timed in one process, round robin (A B C A B C ...), so a machine that slows down slows all of them and
 the ratio holds. pytest-benchmark stores, compares and prints the samples; the clock is ours: CUDA events around one
-call after an L2 flush on a GPU, the wall clock on a CPU.
+call after an L2 flush on a GPU; on a CPU the wall clock over as many calls as fill 20 ms, with a heap that keeps
+what is freed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from soundwave_fast.cost_model import Cost
 from soundwave_fast.ops import gemm
 
 ROOT = Path(__file__).resolve().parents[1]
-ROUNDS, WARMUP = 7, 2
+ROUNDS = 7
+TURN_SECONDS = 0.02  # of a turn on a CPU
 FLUSH_BYTES = 256 << 20  # larger than any L2
 INPUT_SETS = 2  # a GPU rotates among so many, so that no round finds its inputs in the cache
 
@@ -95,23 +97,52 @@ def _clock_cuda(step: Step, flush: torch.Tensor) -> float:
 
 
 def _clock_cpu(step: Step) -> float:
+    """Seconds a call. A short step's first call is left out: it pays for what the others left in the caches."""
     start = time.perf_counter()
     step()
-    return time.perf_counter() - start
+    first = time.perf_counter() - start
+    if first >= TURN_SECONDS:
+        return first
+    calls, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < TURN_SECONDS:
+        step()
+        calls += 1
+    return elapsed / calls
 
 
-def _make(case: Case, where: torch.device) -> tuple[dict[str, list[Step]], dict[str, str]]:
-    steps, missing = {}, {}
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have glibc's malloc reuse every block it is given back, as PyTorch's allocator does on a GPU.
+
+    Left alone it returns large blocks to the system, small ones too at times, and faulting them in again can cost more
+    than the op, now for one provider, now for another (bench/LOG.md).
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # another C library
+        return
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def _make(case: Case, where: torch.device) -> tuple[dict[str, list[Step]], dict[str, float], dict[str, str]]:
+    """Steps of each provider, all run once; how far their results are from the baseline's; why others are missing."""
+    steps, difference, missing = {}, {}, {}
+    baseline = None
     for name, make in case.providers.items():
         try:
             sets = INPUT_SETS if where.type == "cuda" else 1
             steps[name] = [make(case, where, seed) for seed in range(sets)]
-            for step in steps[name]:
-                step()
+            results = [step() for step in steps[name]][0]
         except (Unavailable, torch.OutOfMemoryError) as reason:
             steps.pop(name, None)
             missing[name] = str(reason).splitlines()[0]
-    return steps, missing
+            continue
+        if case.compare:
+            baseline = results if baseline is None else baseline
+            difference[name] = _difference(results, baseline)
+    return steps, difference, missing
 
 
 def _difference(ours: tuple, baseline: tuple) -> float:
@@ -140,17 +171,13 @@ _measured: dict[tuple[str, str], Measured] = {}
 def measure(case: Case) -> Measured:
     """All providers of the case, timed in turns; once a session."""
     key = (case.op, case.id)
-    warmup = min(WARMUP, case.rounds // 3)  # each step has already run once or twice by then
+    warmup = case.rounds // 10  # each step has already run once by then
     if key in _measured:
         return _measured[key]
     where = device()
-    steps, missing = _make(case, where)
-    difference = {}
-    if case.compare and steps:
-        results = {name: sets[0]() for name, sets in steps.items()}
-        baseline = next(iter(results.values()))
-        difference = {name: _difference(result, baseline) for name, result in results.items()}
-        del results, baseline
+    if where.type == "cpu":
+        _keep_freed_memory()
+    steps, difference, missing = _make(case, where)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=where) if where.type == "cuda" else None
     clock = functools.partial(_clock_cuda, flush=flush) if flush is not None else _clock_cpu
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -93,12 +93,15 @@ class Authors(nn.Module):
             embeds = torch.cat([embeds, self.model.embed_tokens(torch.tensor(found[-1:]))])
         return found
 
-    def loss(self, ids: list[Tensor], labels: list[Tensor], mels: list[Tensor], targets: list[list[int]]) -> Tensor:
-        """Cross-entropy over all answer tokens of the batch + 0.3 times its mean CTC loss per target token.
-
-        The CTC's recursion runs in float64: over 750 frames torch's float32 gradient strays further than the
-        comparison allows.
-        """
+    def loss(
+        self,
+        ids: list[Tensor],
+        labels: list[Tensor],
+        mels: list[Tensor],
+        targets: list[list[int]],
+        recursion: torch.dtype,  # of the CTC; float32 is theirs
+    ) -> Tensor:
+        """Cross-entropy over all answer tokens of the batch + 0.3 times its mean CTC loss per target token."""
         nll, count, ctc = 0.0, 0, 0.0
         for one, label, mel, target in zip(ids, labels, mels, targets, strict=True):
             audio, ctc_logits = self.hear(mel)
@@ -107,7 +110,7 @@ class Authors(nn.Module):
             logits = self.logits(self.splice(one, audio))
             nll = nll + F.cross_entropy(logits[:-1], spliced[1:], reduction="sum")
             count += int((spliced[1:] != -100).sum())
-            log_probs = ctc_logits.log_softmax(-1)[:, None].double()
+            log_probs = ctc_logits.log_softmax(-1)[:, None].to(recursion)
             ctc = ctc + F.ctc_loss(
                 log_probs, torch.tensor([target]), [len(log_probs)], [len(target)], self.placeholder, zero_infinity=True
             )
