@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench import parts, released
+from bench import parts, released, whole_batch
 from bench.harness import Case, device, record, rows
 from soundwave_fast import cost_model
 
@@ -45,6 +45,24 @@ def eager(case: Case, where: torch.device, seed: int):
     return step
 
 
+def padded(compiled: bool):
+    """The whole batch at once in eager torch, or compiled."""
+
+    def make(case: Case, where: torch.device, seed: int):
+        model, batch, prompt, trained = _setup(case, where, seed)
+        audio_side = whole_batch.audio_side
+        if compiled:
+            audio_side = torch.compile(audio_side, dynamic=True)
+
+        def step():
+            loss, embeds, _, _ = audio_side(model, batch, prompt)
+            return _finish(loss, embeds, trained)
+
+        return step
+
+    return make
+
+
 def ours(case: Case, where: torch.device, seed: int):
     model, batch, prompt, trained = _setup(case, where, seed)
 
@@ -69,7 +87,12 @@ CASES = [
         "adapters",
         "free head",
         BASE,
-        {"eager as released": eager, "ours": ours},
+        {
+            "eager as released": eager,
+            "eager, padded": padded(compiled=False),
+            "eager, padded, compiled": padded(compiled=True),
+            "ours": ours,
+        },
         dtype="bfloat16" if device().type == "cuda" else "float32",
         cost=_cost(),
         sources=("soundwave_fast/model", "soundwave_fast/ops", "csrc_triton"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, WhisperConfig
 
+from bench import whole_batch
 from bench.harness import Case, device, record, rows
 from soundwave_fast import cost_model
 from soundwave_fast.model import SoundwaveConfig
@@ -54,14 +55,8 @@ def as_released(adapter: AlignmentAdapter, frames: Tensor, lengths: Tensor) -> T
 
 def padded(adapter: AlignmentAdapter, frames: Tensor, lengths: Tensor) -> Tensor:
     """The same modules over the padded batch with a key mask."""
-    x = adapter.mm_projector1(_stacked(frames))
-    real = torch.arange(x.shape[1], device=x.device) < (lengths // 2)[:, None]
-    if adapter.over_time:
-        mask = torch.zeros(real.shape, dtype=x.dtype, device=x.device).masked_fill(~real, float("-inf"))
-        x = adapter.asr_transformer_encoder(x, src_key_padding_mask=mask)
-    else:
-        x = adapter.asr_transformer_encoder(x.reshape(-1, 1, x.shape[-1])).view_as(x)
-    return adapter.out_norm(x)[real]
+    out, counts = whole_batch.align(adapter, frames, lengths)
+    return out[torch.arange(out.shape[1], device=out.device) < counts[:, None]]
 
 
 def ours(adapter: AlignmentAdapter, frames: Tensor, lengths: Tensor) -> Tensor:

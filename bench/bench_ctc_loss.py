@@ -66,6 +66,7 @@ def case(variant: str = "fwd+bwd", dtype: str = "float32", **shape: int) -> Case
     providers = {"F.ctc_loss": _provider(native if dtype == "float32" else as_float32)}
     if dtype == "float32":
         providers["F.ctc_loss, cuDNN"] = _provider(F.ctc_loss, _for_cudnn)
+    providers["F.ctc_loss, compiled"] = _provider(torch.compile(native if dtype == "float32" else as_float32))
     providers["ours"] = _provider(ctc_loss)
     cost = cost_model.ctc_loss(*(shape[key] for key in "BTCS"), dtype)
     sources = ("soundwave_fast/ops/compact.py", "soundwave_fast/ops/pure_torch/alpha_beta.py")

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import StoppingCriteriaList
 
-from bench import parts, released
-from bench.harness import Case, device, record, rows
+from bench import parts, released, whole_batch
+from bench.harness import Case, Unavailable, device, record, rows
 
 TEXT, STILL = 24, 16
 GPU = device().type == "cuda"
 T50, NEW = (1500, 64) if GPU else (200, 8)
-RELEASED, OURS = "eager as released", "ours"
+RELEASED, PADDED, COMPILED, OURS = "eager as released", "eager, padded", "eager, padded, compiled", "ours"
 
 
 @dataclass
@@ -82,6 +82,36 @@ def eager(case: Case, where: torch.device, seed: int):
     return step
 
 
+def padded(compiled: bool):
+    """The whole batch at once in eager torch; compiled, transformers' static cache and compiled decoding step too."""
+
+    def make(case: Case, where: torch.device, seed: int):
+        if compiled and not GPU:
+            raise Unavailable("transformers compiles the decoding step on a GPU alone")
+        model, batch, prompt, settings, clock = _setup(case, where, seed, COMPILED if compiled else PADDED)
+        if compiled:
+            settings = {**settings, "cache_implementation": "static"}
+
+        def embed():
+            hidden, lengths = whole_batch.align(model.alignment_adapter, batch.frames, batch.lengths)
+            tokens = model.ctc_head.audio_feature_head(hidden).argmax(-1)
+            rows, counts = whole_batch.shrink(model.shrinking_adapter, hidden, tokens, lengths)
+            text, placeholder = whole_batch.embed(model, prompt["input_ids"])
+            return whole_batch.splice(text, placeholder, rows, counts, left=True)
+
+        embed = torch.compile(embed, dynamic=True) if compiled else embed
+
+        @torch.no_grad()
+        def step():
+            clock.start()
+            embeds, mask, _ = embed()
+            return (model.language_model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **settings),)
+
+        return step
+
+    return make
+
+
 def ours(case: Case, where: torch.device, seed: int):
     """The whole batch at once, left-padded."""
     model, batch, prompt, settings, clock = _setup(case, where, seed, OURS)
@@ -106,7 +136,7 @@ CASES = [
         "generate",
         name,
         {"B": B, "T50": T50, "new": NEW},
-        {RELEASED: eager, OURS: ours},
+        {RELEASED: eager, PADDED: padded(compiled=False), COMPILED: padded(compiled=True), OURS: ours},
         dtype="bfloat16" if GPU else "float32",
         sources=("soundwave_fast/model", "soundwave_fast/ops", "csrc_triton"),
         tests="tests/model/test_soundwave.py",

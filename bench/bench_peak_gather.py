@@ -121,7 +121,7 @@ def case(**shape: int) -> Case:
     kept = round(shape["B"] * (1 + 0.14 * (shape["T"] - 1)))
     cost = cost_model.peak_gather(*shape.values(), kept, DTYPE)
     rounds = 21 if ON_GPU or shape["D"] < 1000 else 7
-    note = "" if ON_GPU else "index_select is what any road ends in; ours also checks, counts and packs"
+    note = "" if ON_GPU else "ours does what index_select does, after 0.05 ms of checks and packing (B 1 under Scaling)"
     return Case(
         "peak_gather", "fwd+bwd", shape, providers, dtype=DTYPE, cost=cost, budget=0.0, rounds=rounds, note=note
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, WhisperConfig
 
+from bench import whole_batch
 from bench.harness import Case, device, record, rows
 from soundwave_fast import cost_model
 from soundwave_fast.model import SoundwaveConfig
@@ -67,19 +68,24 @@ def keys_alone(adapter: ShrinkingAdapter, frames: Tensor, tokens: Tensor, length
     return torch.cat(out)
 
 
+def padded(adapter: ShrinkingAdapter, frames: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+    return whole_batch.shrink(adapter, frames, tokens, lengths)[0]
+
+
 def ours(adapter: ShrinkingAdapter, frames: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
     return adapter(frames, tokens, lengths).data
 
 
-def _provider(shrink):
+def _provider(shrink, compiled: bool = False):
     def make(case: Case, where: torch.device, seed: int):
         adapter, frames, tokens, lengths = _setup(case, where, seed)
         leaves = (frames, *adapter.parameters())
+        function = torch.compile(shrink, dynamic=True) if compiled else shrink
         with torch.no_grad():
             grad = torch.randn_like(ours(adapter, frames, tokens, lengths))
 
         def step():
-            out = shrink(adapter, frames, tokens, lengths)
+            out = function(adapter, frames, tokens, lengths)
             return out, *torch.autograd.grad(out, leaves, grad)[:2]
 
         return step
@@ -98,6 +104,8 @@ def case(variant: str = "frames", dtype: str = DTYPE, **shape: int) -> Case:
         {
             "eager as released": _provider(as_released),
             "eager, keys alone": _provider(keys_alone),
+            "eager, padded": _provider(padded),
+            "eager, padded, compiled": _provider(padded, compiled=True),
             "ours": _provider(ours),
         },
         dtype=dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench import parts, released
+from bench import parts, released, whole_batch
 from bench.harness import Case, device, record, rows
 
 TEXT, ANSWER = 24, 12
@@ -53,6 +53,34 @@ def eager(stage: int):
     return make
 
 
+def padded(stage: int, compiled: bool = False):
+    """The audio side over the whole padded batch, compiled or not, and fused AdamW. The LLM is the same for all."""
+
+    def make(case: Case, where: torch.device, seed: int):
+        model, batch, prompt, trained = _setup(case, where, seed, stage)
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        audio_side = _alignment if stage == 1 else whole_batch.audio_side
+        if compiled:
+            audio_side = torch.compile(audio_side, dynamic=True)
+
+        def step():
+            loss, *spliced = audio_side(model, batch, prompt)
+            if spliced:
+                embeds, mask, labels = spliced
+                llm = model.language_model(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False)
+                loss = llm.loss + model.config.ctc_weight * loss
+            return _optimize(loss, optimizer, trained)
+
+        return step
+
+    return make
+
+
+def _alignment(model, batch: parts.Speech, _):
+    hidden, lengths = whole_batch.align(model.alignment_adapter, batch.frames, batch.lengths)
+    return whole_batch.ctc(model, hidden, lengths, batch.targets, batch.target_lengths)[:1]
+
+
 def ours(stage: int):
     """The trainer's own: the model's forward, losses as (sum, count), fused AdamW."""
 
@@ -77,7 +105,12 @@ CASES = [
         "train_step",
         name,
         SHAPES[stage],
-        {"eager as released": eager(stage), "ours": ours(stage)},
+        {
+            "eager as released": eager(stage),
+            "eager, padded": padded(stage),
+            "eager, padded, compiled": padded(stage, compiled=True),
+            "ours": ours(stage),
+        },
         dtype="bfloat16" if GPU else "float32",
         sources=("soundwave_fast/model", "soundwave_fast/ops", "csrc_triton"),
         tests="tests/model/test_soundwave.py",

@@ -96,7 +96,7 @@ def sdpa_loop(case: Case, where: torch.device, seed: int):
     return _step(batch, forward, (batch.q, batch.k, batch.v))
 
 
-def padded_sdpa(case: Case, where: torch.device, seed: int):
+def padded_sdpa(case: Case, where: torch.device, seed: int, wrap=lambda f: f):
     """One call on the whole padded batch with a key mask; padding on and off is part of it."""
     batch = Batch(case, where, seed)
     mask = (torch.arange(max(batch.lengths_k), device=where) < batch.cu_k.diff()[:, None])[:, None, None]
@@ -107,7 +107,11 @@ def padded_sdpa(case: Case, where: torch.device, seed: int):
         q, k, v = (batch.padded(x, lengths).transpose(1, 2) for x, lengths in sides)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)[real]
 
-    return _step(batch, forward, (batch.q, batch.k, batch.v))
+    return _step(batch, wrap(forward), (batch.q, batch.k, batch.v))
+
+
+def padded_sdpa_compiled(case: Case, where: torch.device, seed: int):
+    return padded_sdpa(case, where, seed, torch.compile)
 
 
 def backend(name: str):
@@ -132,6 +136,7 @@ def case(variant: str = "ragged fwd+bwd", dtype: str = DTYPE, **shape: int) -> C
         "MHA loop as released": mha_loop,
         "SDPA loop": sdpa_loop,
         "padded SDPA": padded_sdpa,
+        "padded SDPA, compiled": padded_sdpa_compiled,
         "ours": backend("auto"),
         **{name: backend(name) for name in ("varlen_attn", "flash_attn", "xformers")},
     }

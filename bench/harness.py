@@ -135,9 +135,11 @@ def _make(case: Case, where: torch.device) -> tuple[dict[str, list[Step]], dict[
             sets = INPUT_SETS if where.type == "cuda" else 1
             steps[name] = [make(case, where, seed) for seed in range(sets)]
             results = [step() for step in steps[name]][0]
-        except (Unavailable, torch.OutOfMemoryError) as reason:
+        except (Unavailable, torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as reason:
+            if name == "ours" and isinstance(reason, torch._dynamo.exc.TorchDynamoException):
+                raise  # whereas a peer that does not compile is not our failure
             steps.pop(name, None)
-            missing[name] = str(reason).splitlines()[0]
+            missing[name] = str(reason).strip().splitlines()[0]
             continue
         if case.compare:
             baseline = results if baseline is None else baseline
@@ -165,15 +167,28 @@ class Measured:
     difference: dict[str, float]
 
 
-_measured: dict[tuple[str, str], Measured] = {}
+_measured: dict[tuple[str, str], Measured | Exception] = {}
 
 
 def measure(case: Case) -> Measured:
-    """All providers of the case, timed in turns; once a session."""
+    """All providers of the case, timed in turns; once a session, whether that works or not."""
     key = (case.op, case.id)
+    if key not in _measured:
+        try:
+            _measured[key] = _measure(case)
+        except Exception as error:
+            _measured[key] = error
+            raise
+        finally:
+            gc.collect()
+    found = _measured[key]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _measure(case: Case) -> Measured:
     warmup = case.rounds // 10  # each step has already run once by then
-    if key in _measured:
-        return _measured[key]
     where = device()
     if where.type == "cpu":
         _keep_freed_memory()
@@ -186,10 +201,7 @@ def measure(case: Case) -> Measured:
             sample = clock(sets[round_ % len(sets)])
             if round_ >= warmup:
                 seconds[name].append(sample)
-    _measured[key] = Measured(seconds, missing, difference)
-    del steps
-    gc.collect()
-    return _measured[key]
+    return Measured(seconds, missing, difference)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------

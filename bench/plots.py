@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from pathlib import Path
 
 from soundwave_fast.plots import BLUE, GREEN, INK, RED, new_figure, save_figure
 
 OURS, OTHER = BLUE, "#a0aec0"
-COLOURS = (BLUE, OTHER, RED, GREEN, "#b7791f", "#6b46c1")
+OTHERS = ("#718096", RED, GREEN, "#b7791f", "#6b46c1", "#d53f8c", "#00a3c4", "#975a16")
 
 
 def ratios(rows: list[dict], machine: dict, path: Path) -> None:
@@ -32,28 +32,58 @@ def ratios(rows: list[dict], machine: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
-def scaling(points: list[dict], machine: dict, path: Path) -> None:
-    """Time and extra peak memory against each swept dimension, log-log, a row of panels an op, the floor dashed."""
-    ops = list(dict.fromkeys((p["op"], p["along"]) for p in points))
-    figure, axes = new_figure(8.0, 2.6 * len(ops), rows=len(ops), columns=2)
-    for (op, along), (time_axis, memory_axis) in zip(ops, axes):
-        lines = defaultdict(list)
-        for point in points:
-            if (point["op"], point["along"]) == (op, along):
-                lines[point["provider"]].append(point)
-        for colour, (provider, line) in zip(COLOURS, lines.items()):
-            x = [point["value"] for point in line]
-            time_axis.loglog(x, [1e3 * p["seconds"] for p in line], "o-", color=colour, label=provider, markersize=3)
-            memory = [(p["value"], max(p["extra_peak_mib"], 0.1)) for p in line if p["extra_peak_mib"] is not None]
-            if memory:
-                memory_axis.loglog(*zip(*memory), "o-", color=colour, label=provider, markersize=3)
-        floor = [(p["value"], 1e3 * p["floor_seconds"]) for p in next(iter(lines.values())) if p.get("floor_seconds")]
+def exponent(points: list[tuple[float, float]]) -> float:
+    """The e of y ~ x^e that fits the points best on logarithmic axes; NaN of fewer than two."""
+    if len(points) < 2:
+        return math.nan
+    x, y = ([math.log(value) for value in side] for side in zip(*points))
+    middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((a - middle_x) ** 2 for a in x)
+    return sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y)) / spread
+
+
+def scaling(points: list[dict], machine: dict, path: Path) -> dict[str, Path]:
+    """A picture an op, named after `path`: time and extra peak memory against each swept dimension, log-log.
+
+    Ours is thick, the floor dashed; the legend gives the exponent each grows with.
+    """
+    pictures = {}
+    for op in dict.fromkeys(point["op"] for point in points):
+        mine = [point for point in points if point["op"] == op]
+        pictures[op] = path.with_name(f"{path.stem}_{op.split()[0]}.png")
+        _scaling_of(op, mine, machine, pictures[op])
+    return pictures
+
+
+def _scaling_of(op: str, points: list[dict], machine: dict, path: Path) -> None:
+    dimensions = list(dict.fromkeys(point["along"] for point in points))
+    providers = list(dict.fromkeys(point["provider"] for point in points))
+    others = iter(OTHERS)
+    style = {name: (OURS, 2.2) if name == "ours" else (next(others), 1.0) for name in providers}
+    figure, axes = new_figure(4.4 * len(dimensions), 5.4, rows=2, columns=len(dimensions))
+    for along, (time_axis, memory_axis) in zip(dimensions, axes.T):
+        here = [point for point in points if point["along"] == along]
+        for provider, (colour, width) in style.items():
+            line = [point for point in here if point["provider"] == provider]
+            for axis, values in (
+                (time_axis, [(p["value"], 1e3 * p["seconds"]) for p in line]),
+                (memory_axis, [(p["value"], max(p["extra_peak_mib"] or 0, 0.1)) for p in line]),
+            ):
+                label = f"{provider}  ~{along}^{exponent(values):.1f}"
+                axis.loglog(*zip(*values), "o-", color=colour, linewidth=width, markersize=3, label=label)
+        floor = {p["value"]: 1e3 * p["floor_seconds"] for p in here if p["floor_seconds"]}.items()
         if floor:
-            time_axis.loglog(*zip(*floor), "--", color=INK, linewidth=0.8, label="floor")
-        time_axis.set_ylabel(f"{op}\nms", fontsize=8)
-        memory_axis.set_ylabel("extra peak MiB", fontsize=8)
+            label = f"floor  ~{along}^{exponent(list(floor)):.1f}"
+            time_axis.loglog(*zip(*floor), "--", color=INK, linewidth=0.8, label=label)
+        ticks = sorted({point["value"] for point in here})
         for axis in (time_axis, memory_axis):
-            axis.set_xlabel(along, fontsize=8)
-        time_axis.legend(fontsize=7, frameon=False)
-    figure.suptitle(f"{machine['device']}, commit {machine['commit'][:7]}", fontsize=9)
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+            axis.minorticks_off()
+            bottom, top = axis.get_ylim()
+            axis.set_ylim(top=top * (top / bottom) ** 0.5)  # room for the legend
+            axis.legend(fontsize=6, frameon=False, loc="upper left", ncols=2)
+        memory_axis.set_xlabel(along, fontsize=9)
+    axes[0, 0].set_ylabel("ms", fontsize=9)
+    axes[1, 0].set_ylabel("extra peak MiB", fontsize=9)
+    figure.suptitle(f"{op}: {machine['device']}, commit {machine['commit'][:7]}", fontsize=9)
     save_figure(figure, path)

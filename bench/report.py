@@ -8,6 +8,7 @@ with 1 if what is committed differs from what would be written.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from bench import plots
 from bench.harness import ROOT
 
 RESULTS = ROOT / "bench" / "results"
+SCALING = RESULTS / "scaling"  # bench/sweep.py's
 MARKDOWN = ROOT / "bench" / "RESULTS.md"
 BEGIN, END = "<!-- results: begin (python -m bench.report) -->", "<!-- results: end -->"
 
@@ -48,7 +50,8 @@ def _row(entry: dict) -> dict:
     return {**entry["extra_info"], **times, "test": entry["fullname"]}
 
 
-def stale(commit: str, files: list[str]) -> bool:
+@functools.cache
+def stale(commit: str, files: tuple[str, ...]) -> bool:
     """Whether one of the op's files differs from `commit` in the working tree (or the commit is unknown here)."""
     done = subprocess.run(["git", "diff", "--quiet", commit, "--", *files], cwd=ROOT, capture_output=True)
     return done.returncode != 0
@@ -90,8 +93,25 @@ def table(rows: list[dict]) -> list[str]:
             floor = f"{100 * row['of_floor']:.0f} %" if "of_floor" in row else ""
             lines.append(f"| {label} | {row['provider']} | {ratio} | {times} | {_mib(row)} | {floor} |")
         lines.append("")
-        notes = {row["variant"]: row["note"] for row in mine if row.get("note")}
-        lines += [f"{variant}: {note}" for variant, note in notes.items()] + [""] * bool(notes)
+        notes = _notes(mine)
+        lines += notes + [""] * bool(notes)
+    return lines
+
+
+def _notes(rows: list[dict]) -> list[str]:
+    """A line a case that has a note, or where something is faster than ours."""
+    cases = defaultdict(dict)
+    for row in rows:
+        cases[_case(row)][row["provider"]] = row
+    lines = []
+    for (_, variant, shape), providers in cases.items():
+        mine = providers.get("ours")
+        best = max(providers.values(), key=lambda row: row["ratio"])
+        said = [row["note"] for row in providers.values() if row.get("note")][:1]
+        if mine is not None and not best["provider"].startswith("ours"):
+            said.insert(0, f"{best['provider']} takes {mine['ratio'] / best['ratio']:.2f} of our time")
+        if said:
+            lines.append(f"- {variant}, {' '.join(f'{k} {v}' for k, v in shape)}: {'; '.join(said)}.")
     return lines
 
 
@@ -135,7 +155,7 @@ def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, 
     block, kept = None, []
     for path in paths:
         machine, rows = load(path)
-        fresh = [row for row in rows if not stale(machine["commit"], row["files"])]
+        fresh = [row for row in rows if not stale(machine["commit"], tuple(row["files"]))]
         gone = sorted({f"{row['op']} {row['variant']}" for row in rows if row not in fresh})
         name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
         versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
@@ -154,7 +174,45 @@ def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, 
             lines += ["Refused, because the op has changed since: " + "; ".join(gone) + ".", ""]
         block = block or "\n".join(headline(machine, fresh, f"bench/results/{path.stem}_ours.png"))
         kept.append((path, machine, fresh))
+    for path in sorted(SCALING.glob("*.json")):
+        lines += scaling(path)[0]
     return "\n".join(lines), block, kept
+
+
+def scaling(path: Path) -> tuple[list[str], list[dict]]:
+    """RESULTS.md's section on a file of bench/sweep.py, and the points that still count."""
+    document = json.loads(path.read_text())
+    machine, points = document["machine"], document["points"]
+    fresh = [point for point in points if not stale(machine["commit"], tuple(point["files"]))]
+    lines = [
+        f"## Scaling on {machine['device']}",
+        "",
+        f"Commit `{machine['commit']}`, {machine['threads']} threads, `python -m bench.sweep`.",
+        "One dimension grows, the others stay at the shape of the tables above; time and memory grow with the power",
+        "given, fitted on logarithmic axes.",
+        "",
+        "| op | along | provider | ms, least ... most | time ~ | extra peak MiB, least ... most | memory ~ |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for op, along in dict.fromkeys((point["op"], point["along"]) for point in fresh):
+        here = [point for point in fresh if (point["op"], point["along"]) == (op, along)]
+        values = f"{op} | {along} {min(p['value'] for p in here)} ... {max(p['value'] for p in here)}"
+        for provider in (here[0]["baseline"], "ours"):
+            line = sorted((p for p in here if p["provider"] == provider), key=lambda p: p["value"])
+            grows = plots.exponent([(p["value"], p["seconds"]) for p in line])
+            memory = [(p["value"], max(p["extra_peak_mib"] or 0, 0.1)) for p in line]
+            lines.append(
+                f"| {values} | {provider} | {_ms(line[0]['seconds'])} ... {_ms(line[-1]['seconds'])} "
+                f"| {along}^{grows:.2f} | {memory[0][1]:.0f} ... {memory[-1][1]:.0f} "
+                f"| {along}^{plots.exponent(memory):.2f} |"
+            )
+            values = " | "
+    gone = sorted({point["op"] for point in points if point not in fresh})
+    if gone:
+        lines += ["", "Refused, because the op has changed since: " + "; ".join(gone) + "."]
+    for op in dict.fromkeys(point["op"] for point in fresh):
+        lines += ["", f"![{op}](results/scaling/{path.stem}_{op.split()[0]}.png)"]
+    return [*lines, ""], fresh
 
 
 def is_gpu(path: Path) -> bool:
@@ -204,6 +262,9 @@ def main(argv: list[str] | None = None) -> int:
         if rows:
             plots.ratios(rows, machine, RESULTS / f"{path.stem}.png")
             plots.ratios([mine for mine, _ in ours(rows)], machine, RESULTS / f"{path.stem}_ours.png")
+    for path in sorted(SCALING.glob("*.json")):
+        if points := scaling(path)[1]:
+            plots.scaling(points, json.loads(path.read_text())["machine"], path)
     print(f"wrote {MARKDOWN.relative_to(ROOT)}: {sum(len(rows) for _, _, rows in kept)} rows of {len(kept)} machines")
     return 0
 

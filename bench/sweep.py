@@ -1,8 +1,8 @@
 """How cost grows with the work: time and peak memory against T, B, V, D and S, into a JSON file and a log-log plot.
 
 `python -m bench.sweep [--only OP ...] [--rounds N]` walks the SWEEP of every bench module (one dimension changes, the
-others stay at BASE), writes bench/results/scaling_<device>.json after every point, so that it can be stopped and given
-again, and draws bench/results/scaling_<device>.png.
+others stay at BASE), writes bench/results/scaling/<device>.json after every point, so that it can be stopped and given
+again, and draws <device>_<op>.png beside it. `python -m bench.report` puts the plots and the exponents in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench import harness, plots
 from bench.conftest import describe_machine
 from soundwave_fast import cost_model
 
-RESULTS = harness.ROOT / "bench" / "results"
+RESULTS = harness.ROOT / "bench" / "results" / "scaling"
 
 
 def modules() -> list[str]:
@@ -40,6 +40,8 @@ def _points(module: str, along: str, value: int, case: harness.Case, memory: boo
     return [
         {
             "op": f"{case.op} {case.variant}",
+            "files": case.files,
+            "baseline": next(iter(measured.seconds)),
             "along": along,
             "value": value,
             "provider": provider,
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
     machine = describe_machine()
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"scaling_{harness.device().type}.json"
+    path = args.out / f"{harness.device().type}.json"
     document = {"machine": machine, "points": []}
     if path.exists():
         before = json.loads(path.read_text())
@@ -90,8 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    plots.scaling(document["points"], machine, path.with_suffix(".png"))
-    print(f"wrote {path} and {path.with_suffix('.png').name}: {len(document['points'])} points")
+    pictures = plots.scaling(document["points"], machine, path)
+    print(f"wrote {path} and {len(pictures)} plots beside it: {len(document['points'])} points")
     return 0
 
 

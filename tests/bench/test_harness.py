@@ -37,6 +37,14 @@ def test_providers_are_timed_in_turns():
     assert min(measured.seconds["eager"]) > min(measured.seconds["ours"])
 
 
+def test_a_short_step_is_repeated_and_its_first_call_left_out():
+    sleeps = iter([0.015] + [0.001] * 1000)
+    assert 0.001 <= harness._clock_cpu(lambda: time.sleep(next(sleeps))) < 0.005
+    assert next(sleeps) == 0.001 and len(list(sleeps)) < 998, "several calls in the turn"
+    once = iter([0.03])
+    assert harness._clock_cpu(lambda: time.sleep(next(once))) >= 0.03, "a long one is called once"
+
+
 def test_results_far_from_the_baseline_are_seen():
     measured = harness.measure(case("liars", eager=sleeper(0), ours=sleeper(0, 1.5)))
     assert measured.difference == {"eager": 0.0, "ours": pytest.approx(0.5)}

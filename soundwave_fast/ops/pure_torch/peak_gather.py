@@ -88,6 +88,7 @@ def gather_peaks_backward(
     """(B, T, D): row b * T + t is the gradient of the packed row taken from it, else 0."""
     D = grad_ND.shape[1]
     total = int(cu_seqlens[-1])
+    if total < index_N.numel():
+        index_N, grad_ND = index_N[:total], grad_ND[:total]
     # index holds no position twice, so this copies; on a CPU it is twice as fast as index_copy_.
-    grad = grad_ND.new_zeros(batch * frames, D).index_add_(0, index_N[:total], grad_ND[:total])
-    return grad.view(batch, frames, D)
+    return grad_ND.new_zeros(batch * frames, D).index_add_(0, index_N, grad_ND).view(batch, frames, D)
