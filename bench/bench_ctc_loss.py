@@ -74,7 +74,8 @@ def case(variant: str = "fwd+bwd", dtype: str = "float32", **shape: int) -> Case
     rounds, note = 21 if shape["C"] < 10000 else 7, ""
     if not ON_GPU and shape["C"] <= 200 and shape["T"] < 200:
         note = "a small vocabulary leaves nothing to save; ours computes in float64 (docs/numerics.md)"
-    return Case("ctc_loss", variant, shape, providers, dtype, cost, sources, rounds=rounds, note=note)
+    peers = ("F.ctc_loss, cuDNN",)
+    return Case("ctc_loss", variant, shape, providers, dtype, cost, sources, rounds=rounds, peers=peers, note=note)
 
 
 def _recursion_native(case: Case, where: torch.device, seed: int):

@@ -2,7 +2,11 @@
 
 All frames are valid, every target is S long, features require gradients; a trainable head's weight too. V is odd as
 in the vocabularies that users have, which rules out the fastest kernels for eager's logits; "eager, V aligned" pads
-them. "compiled" compiles eager's softmax, or the chunks.
+them. "compiled" compiles eager's softmax, or the chunks. With "blank row" the head is a frozen LLM embedding of V - 1
+rows and a trained row for the blank, which eager has to join anew in every step.
+
+cut-cross-entropy and liger have no row: they fuse a head with a cross-entropy of one label a frame, and hand out
+neither log-probabilities of several classes nor take gradients of them.
 """
 
 from __future__ import annotations
@@ -37,6 +41,21 @@ def _inputs(case: Case, where: torch.device, seed: int):
     targets = torch.randint(1, V, (B, S), generator=generator, device=where)
     lengths = torch.full((B,), T, device=where), torch.full((B,), S, device=where)
     return hidden, weight.requires_grad_(case.variant.startswith("trainable")), targets, *lengths
+
+
+def _with_blank_row(loss):
+    """`loss` of a frozen embedding and a trained row before it, class 0."""
+
+    def joined(hidden, row, embedding, *labels):
+        return loss(hidden, torch.cat([row[None], embedding]), *labels)
+
+    return joined
+
+
+def ours_with_blank_row(hidden, row, embedding, targets, *lengths):
+    """The row is the last class, and nothing is joined: the same loss under other numbers of the classes."""
+    blank = len(embedding)
+    return linear_ctc_loss(hidden, embedding, targets - 1, *lengths, blank, zero_infinity=True, blank_row=row)
 
 
 def _ctc(log_probs, targets, input_lengths, target_lengths):
@@ -106,9 +125,14 @@ def _compiled(f):
 def _provider(loss):
     def make(case: Case, where: torch.device, seed: int):
         hidden, weight, *labels = _inputs(case, where, seed)
+        function = loss
+        if case.variant.startswith("blank row"):
+            function = ours_with_blank_row if loss is ours else _with_blank_row(loss)
+            labels = [weight[1:].clone(), *labels]
+            weight = weight[0].clone().requires_grad_()
 
         def step():
-            value = loss(hidden, weight, *labels)
+            value = function(hidden, weight, *labels)
             value.backward()
             results = value, hidden.grad, *([] if weight.grad is None else [weight.grad])
             hidden.grad = weight.grad = None
@@ -131,7 +155,7 @@ PROVIDERS = {
 
 def case(variant: str = "frozen head", dtype: str = "bfloat16" if ON_GPU else "float32", **shape: int) -> Case:
     B, T, D, V = shape.values()
-    cost = cost_model.linear_ctc_loss(B * T, D, V, dtype, variant.startswith("trainable"))
+    cost = cost_model.linear_ctc_loss(B * T, D, V, dtype, variant.startswith("trainable"))  # a row more is nothing
     sources = ("soundwave_fast/ops/linear_ctc_passes.py", "soundwave_fast/ops/linear_ctc_parts.py")
     sources += ("soundwave_fast/ops/gemm.py", "soundwave_fast/ops/compact.py")
     sources += ("soundwave_fast/ops/pure_torch/alpha_beta.py", "csrc_triton/alpha_beta.py")
@@ -142,8 +166,9 @@ def case(variant: str = "frozen head", dtype: str = "bfloat16" if ON_GPU else "f
 CASES = [
     case(head, dtype, **shape)
     for shape in ((BASE, NANO_ON_GPU) if ON_GPU else (BASE,))
-    for head in ("frozen head", "trainable head")
+    for head in ("frozen head", "trainable head", "blank row")
     for dtype in (("bfloat16",) if ON_GPU else ("float32", "bfloat16"))
+    if (head, dtype) != ("blank row", "bfloat16") or ON_GPU
 ]
 
 

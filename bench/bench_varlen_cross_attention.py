@@ -21,6 +21,9 @@ BASE = {"B": 8, "Lq": 100, "Lk": 750, "H": 32, "d": 128} if ON_GPU else {"B": 8,
 SWEEP = {"Lk": (100, 1500), "Lq": (10, 200), "B": (1, 32)}
 
 
+PEERS = ("varlen_attn", "flash_attn", "xformers")
+
+
 class Batch:
     """Random packed q, k, v that require gradients, a gradient of the output, and the lengths on both sides."""
 
@@ -138,7 +141,7 @@ def case(variant: str = "ragged fwd+bwd", dtype: str = DTYPE, **shape: int) -> C
         "padded SDPA": padded_sdpa,
         "padded SDPA, compiled": padded_sdpa_compiled,
         "ours": backend("auto"),
-        **{name: backend(name) for name in ("varlen_attn", "flash_attn", "xformers")},
+        **{name: backend(name) for name in PEERS},
     }
     share = 1.0 if variant.startswith("equal") else 0.65
     B, Lq, Lk, H, d = shape.values()
@@ -146,7 +149,7 @@ def case(variant: str = "ragged fwd+bwd", dtype: str = DTYPE, **shape: int) -> C
     sources = ("soundwave_fast/ops/attention_backends.py",)
     rounds = 21 if ON_GPU or H * d < 1000 else 7
     return Case(
-        "varlen_cross_attention", variant, shape, providers, dtype=dtype, cost=cost, sources=sources, rounds=rounds
+        "varlen_cross_attention", variant, shape, providers, dtype, cost, sources, rounds=rounds, peers=PEERS
     )
 
 

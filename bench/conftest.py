@@ -26,13 +26,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--no-conformance", action="store_true", help="time ops without running their tests first")
 
 
-def _digest(case: Case, tests: str) -> str:
+def _digest(case: Case) -> str:
     digest = hashlib.sha256(f"{torch.__version__} {device().type}".encode())
-    for name in (*case.files, tests):
+    for name in (*case.files, case.conformance):
         path = ROOT / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def nonconforming(case: Case, cache: pytest.Cache | None = None) -> str:
+    """What the op's conformance tests say when they fail; "" where they pass. Passes are remembered in the cache."""
+    key = f"bench/conformance/{case.op}-{_digest(case)[:12]}"
+    if cache is not None and cache.get(key, False):
+        return ""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", case.conformance]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return f"{case.conformance} fails, so {case.op} is not timed:\n{done.stdout[-1500:]}"
+    if cache is not None:
+        cache.set(key, True)
+    return ""
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +56,8 @@ def conformance(request: pytest.FixtureRequest) -> None:
     case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
     if case is None or request.config.getoption("--no-conformance") or request.config.getoption("--smoke"):
         return
-    tests = case.tests or f"tests/ops/test_{case.op}.py"
-    digest = _digest(case, tests)
-    key = f"bench/conformance/{case.op}-{digest[:12]}"
-    verdict = request.config.cache.get(key, {})
-    if not verdict:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", tests]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        verdict = {"passed": done.returncode == 0, "tail": done.stdout[-1500:]}
-        request.config.cache.set(key, verdict)
-    if not verdict["passed"]:
-        pytest.fail(f"{tests} fails, so {case.op} is not timed:\n{verdict['tail']}", pytrace=False)
+    if said := nonconforming(case, request.config.cache):
+        pytest.fail(said, pytrace=False)
 
 
 def _git(*arguments: str) -> str:
@@ -62,12 +68,13 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _cpu_name() -> str:
+def _cpu(field: str) -> str:
+    """One field of the first core in /proc/cpuinfo; "" where there is none."""
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith(field))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return ""
 
 
 def describe_machine() -> dict:
@@ -90,7 +97,8 @@ def describe_machine() -> dict:
         except (OSError, subprocess.TimeoutExpired):
             info["clocks"] = ""
     else:
-        info["device"] = _cpu_name()
+        info["device"] = _cpu("model name") or platform.processor() or platform.machine()
+        info["clocks"] = f"{float(_cpu('cpu MHz') or 0):.0f} MHz"
     return info
 
 
@@ -98,6 +106,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     for private in ("node", "cpu"):  # a host's name and its full cpuid table are nobody's business
         machine_info.pop(private, None)
     machine_info.update(describe_machine())
+    given = [str(x) for x in config.invocation_params.args]
+    machine_info["command"] = ["pytest", *(x for x in given if not x.startswith("--benchmark-json"))]
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -21,16 +21,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 
 import pytest
 import torch
 
+from bench import sources
+from bench.sources import ROOT
 from soundwave_fast import cost_model
 from soundwave_fast.cost_model import Cost
 from soundwave_fast.ops import gemm
 
-ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 7
 TURN_SECONDS = 0.02  # of a turn on a CPU
 FLUSH_BYTES = 256 << 20  # larger than any L2
@@ -58,8 +60,19 @@ class Case:
     tests: str = ""  # conformance tests that must pass; tests/ops/test_<op>.py if empty
     budget: float = 2e-2  # providers' results may differ so much from the baseline's, relative to its largest value
     rounds: int = ROUNDS
+    peers: tuple[str, ...] = ()  # providers that are neither eager code nor ours: kernels of others
     note: str = ""  # printed below the table: why ours is slower here, what a row leaves out
     compare: bool = field(default=True)  # False where the step returns nothing to compare
+
+    @property
+    def conformance(self) -> str:
+        return self.tests or f"tests/ops/test_{self.op}.py"
+
+    @property
+    def eager(self) -> list[str]:
+        """Providers that are written in eager torch: the fastest of them is what the report compares with first."""
+        others = ("ours", *self.peers)
+        return [name for name in self.providers if not name.startswith(others) and "compiled" not in name]
 
     @property
     def id(self) -> str:
@@ -67,10 +80,15 @@ class Case:
 
     @property
     def files(self) -> list[str]:
-        """Sources of the op, for the staleness check of the report; folders stand for all in them."""
+        """What the row depends on, for the report's staleness check: the op, its benchmark, and what they import.
+
+        Folders stand for all in them. The machinery (this file) is left out.
+        """
         own = [f"soundwave_fast/ops/{self.op}.py", f"soundwave_fast/ops/pure_torch/{self.op}.py"]
-        own += [f"csrc_triton/{self.op}.py", f"csrc_triton/{self.op}"]
-        return [name for name in (*own, *self.sources) if (ROOT / name).exists()]
+        own += [f"csrc_triton/{self.op}.py", f"csrc_triton/{self.op}", f"bench/bench_{self.op}.py"]
+        own = [name for name in (*own, *self.sources) if (ROOT / name).exists()]
+        folders = tuple(f"{name}/" for name in own if (ROOT / name).is_dir())
+        return sorted({*own, *(name for name in sources.imported(own) if not name.startswith(folders))})
 
 
 def device() -> torch.device:
@@ -350,10 +368,14 @@ def record(benchmark, request, case: Case, provider: str) -> None:
     benchmark.group = f"{case.op} {case.id}"
     baseline = next(iter(measured.seconds))
     ratios = sorted(b / s for b, s in zip(measured.seconds[baseline], samples))
+    timed = [name for name in case.eager if name in measured.seconds]
+    eager = min(timed, key=lambda name: median(measured.seconds[name]))
+    against = sorted(e / s for e, s in zip(measured.seconds[eager], samples))
     info = benchmark.extra_info
     info.update(op=case.op, variant=case.variant, shape=case.shape, dtype=case.dtype, provider=provider)
     info.update(files=case.files, baseline=baseline, threads=torch.get_num_threads())
-    info.update(ratio=ratios[len(ratios) // 2], ratio_low=ratios[0], ratio_high=ratios[-1])
+    info.update(ratio=median(ratios), ratio_low=ratios[0], ratio_high=ratios[-1])
+    info.update(eager=eager, eager_ratio=median(against), eager_low=against[0], eager_high=against[-1])
     if case.compare:
         info["difference"] = measured.difference[provider]
     if case.cost is not None:
@@ -361,7 +383,7 @@ def record(benchmark, request, case: Case, provider: str) -> None:
         ceilings = chip()
         if ceilings is not None and case.dtype in ceilings.flops:
             floor = cost_model.floor_seconds(case.cost, ceilings, case.dtype)
-            info.update(floor_seconds=floor, of_floor=floor / sorted(samples)[len(samples) // 2])
+            info.update(floor_seconds=floor, of_floor=floor / median(samples))
     if case.note:
         info["note"] = case.note
     if not smoke and not request.config.getoption("--no-memory"):

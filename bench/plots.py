@@ -12,22 +12,27 @@ OTHERS = ("#718096", RED, GREEN, "#b7791f", "#6b46c1", "#d53f8c", "#00a3c4", "#9
 
 
 def ratios(rows: list[dict], machine: dict, path: Path) -> None:
-    """A bar a provider and case: how many times faster than the baseline, the rounds' range as a whisker."""
-    shown = [row for row in rows if row["provider"] != row["baseline"]]
+    """A bar a provider and case: how many times faster than the fastest eager code, the rounds' range as a whisker; a
+    diamond where the released way is the yardstick."""
+    shown = [row for row in rows if row["provider"] != row["eager"]]
     labels = [f"{row['op']}\n{row['variant']}" for row in shown]
     figure, axes = new_figure(8.0, 0.36 * len(shown) + 1.2)
     axis = axes[0, 0]
     at = list(range(len(shown)))[::-1]
     for y, row in zip(at, shown):
         colour = OURS if row["provider"] == "ours" else OTHER
-        axis.barh(y, row["ratio"], color=colour, height=0.72)
-        axis.plot([row["ratio_low"], row["ratio_high"]], [y, y], color=INK, linewidth=0.8)
-        axis.text(row["ratio_high"], y, f"  {row['ratio']:.2f}x {row['provider']}", va="center", fontsize=7, color=INK)
+        axis.barh(y, row["eager_ratio"], color=colour, height=0.72)
+        axis.plot([row["eager_low"], row["eager_high"]], [y, y], color=INK, linewidth=0.8)
+        axis.plot(row["ratio"], y, marker="D", color=INK, markerfacecolor="white", markersize=4)
+        end = max(row["eager_high"], row["ratio"])
+        axis.text(end, y, f"   {row['eager_ratio']:.2f}x {row['provider']}", va="center", fontsize=7, color=INK)
     axis.axvline(1.0, color=INK, linewidth=1)
     axis.set_yticks(at, [label.replace("\n", ", ") for label in labels], fontsize=7)
-    axis.set_xlabel("times faster than the baseline, timed in turns (bar: median, line: range)")
+    axis.set_xlabel(
+        "times faster than the fastest eager code (bar: median, line: range) and than the released way (diamond)"
+    )
     axis.set_title(f"{machine['device']}, commit {machine['commit'][:7]}", fontsize=9, loc="left")
-    axis.set_xlim(0, max(row["ratio_high"] for row in shown) * 1.25)
+    axis.set_xlim(0, max(max(row["eager_high"], row["ratio"]) for row in shown) * 1.25)
     axis.grid(axis="y", visible=False)
     save_figure(figure, path)
 
@@ -40,6 +45,11 @@ def exponent(points: list[tuple[float, float]]) -> float:
     middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - middle_x) ** 2 for a in x)
     return sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y)) / spread
+
+
+def memory_points(line: list[dict]) -> list[tuple[float, float]]:
+    """(value, extra peak MiB) where it was measured; a tenth of a MiB stands for nothing."""
+    return [(p["value"], max(p["extra_peak_mib"], 0.1)) for p in line if p["extra_peak_mib"] is not None]
 
 
 def scaling(points: list[dict], machine: dict, path: Path) -> dict[str, Path]:
@@ -67,8 +77,10 @@ def _scaling_of(op: str, points: list[dict], machine: dict, path: Path) -> None:
             line = [point for point in here if point["provider"] == provider]
             for axis, values in (
                 (time_axis, [(p["value"], 1e3 * p["seconds"]) for p in line]),
-                (memory_axis, [(p["value"], max(p["extra_peak_mib"] or 0, 0.1)) for p in line]),
+                (memory_axis, memory_points(line)),
             ):
+                if not values:
+                    continue
                 label = f"{provider}  ~{along}^{exponent(values):.1f}"
                 axis.loglog(*zip(*values), "o-", color=colour, linewidth=width, markersize=3, label=label)
         floor = {p["value"]: 1e3 * p["floor_seconds"] for p in here if p["floor_seconds"]}.items()
@@ -79,6 +91,8 @@ def _scaling_of(op: str, points: list[dict], machine: dict, path: Path) -> None:
         for axis in (time_axis, memory_axis):
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.minorticks_off()
+            if not axis.lines:  # no memory was measured
+                continue
             bottom, top = axis.get_ylim()
             axis.set_ylim(top=top * (top / bottom) ** 0.5)  # room for the legend
             axis.legend(fontsize=6, frameon=False, loc="upper left", ncols=2)

@@ -69,8 +69,14 @@ def _case(row: dict) -> tuple:
     return row["op"], row["variant"], tuple(row["shape"].items())
 
 
+def _times_faster(row: dict, kind: str) -> str:
+    """"1.50 (1.40 ... 1.60)" against the fastest eager row ("eager_") or the baseline ("")."""
+    low, high = (row[f"{kind or 'ratio_'}{end}"] for end in ("low", "high"))
+    return f"{row[f'{kind}ratio']:.2f} ({low:.2f} ... {high:.2f})"
+
+
 def table(rows: list[dict]) -> list[str]:
-    """One table an op: ratio first, then absolute times, memory and share of the floor."""
+    """One table an op: ratios first, then absolute times, memory and share of the floor."""
     lines: list[str] = []
     by_op = defaultdict(list)
     for row in rows:
@@ -78,20 +84,19 @@ def table(rows: list[dict]) -> list[str]:
     for op, mine in by_op.items():
         lines += [f"### {op}", ""]
         lines += [
-            "| case | provider | times faster than the baseline (low ... high) | p20 / p50 / p80 ms | extra peak MiB "
-            "| % of floor |",
-            "|---|---|---|---|---|---|",
+            "| case | provider | times faster than the fastest eager row | than the baseline | p20 / p50 / p80 ms "
+            "| extra peak MiB | % of floor |",
+            "|---|---|---|---|---|---|---|",
         ]
         seen = None
         for row in mine:
             case = f"{row['variant']}, " + " ".join(f"{k} {v}" for k, v in row["shape"].items())
             label, seen = ("" if case == seen else case), case
-            ratio = f"**{row['ratio']:.2f}** ({row['ratio_low']:.2f} ... {row['ratio_high']:.2f})"
-            if row["provider"] == row["baseline"]:
-                ratio = "baseline"
+            eager = "fastest eager" if row["provider"] == row["eager"] else f"**{_times_faster(row, 'eager_')}**"
+            ratio = "baseline" if row["provider"] == row["baseline"] else _times_faster(row, "")
             times = " / ".join(_ms(row[name]) for name in ("p20", "p50", "p80"))
             floor = f"{100 * row['of_floor']:.0f} %" if "of_floor" in row else ""
-            lines.append(f"| {label} | {row['provider']} | {ratio} | {times} | {_mib(row)} | {floor} |")
+            lines.append(f"| {label} | {row['provider']} | {eager} | {ratio} | {times} | {_mib(row)} | {floor} |")
         lines.append("")
         notes = _notes(mine)
         lines += notes + [""] * bool(notes)
@@ -99,17 +104,25 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def _notes(rows: list[dict]) -> list[str]:
-    """A line a case that has a note, or where something is faster than ours."""
+    """A line a case that has a note, or where something is faster than ours; and the rates of generation."""
     cases = defaultdict(dict)
     for row in rows:
         cases[_case(row)][row["provider"]] = row
     lines = []
     for (_, variant, shape), providers in cases.items():
         mine = providers.get("ours")
-        best = max(providers.values(), key=lambda row: row["ratio"])
+        others = [row for name, row in providers.items() if not name.startswith("ours")]
         said = [row["note"] for row in providers.values() if row.get("note")][:1]
-        if mine is not None and not best["provider"].startswith("ours"):
-            said.insert(0, f"{best['provider']} takes {mine['ratio'] / best['ratio']:.2f} of our time")
+        if mine is not None and others:
+            best = max(others, key=lambda row: row["ratio"])
+            if best["ratio"] > mine["ratio"]:
+                said.insert(0, f"{best['provider']} takes {mine['ratio'] / best['ratio']:.2f} of our time")
+        said += [
+            f"{name} {row['tokens_per_second']:.1f} new tokens/s, the first after "
+            f"{1e3 * row['first_token_seconds']:.0f} ms, real-time factor {row['real_time_factor']:.3f}"
+            for name, row in providers.items()
+            if "tokens_per_second" in row
+        ]
         if said:
             lines.append(f"- {variant}, {' '.join(f'{k} {v}' for k, v in shape)}: {'; '.join(said)}.")
     return lines
@@ -128,16 +141,24 @@ def ours(rows: list[dict]) -> list[tuple[dict, dict | None]]:
 
 
 def headline(machine: dict, rows: list[dict], plot: str) -> list[str]:
-    """A line a case for the README: ours against the baseline, in time and memory."""
+    """A line a case for the README: ours against the fastest eager code and the baseline, in time and memory."""
     lines = [f"![ours against eager]({plot})", ""]
-    lines += ["| op | case | times faster | extra peak MiB, ours / baseline | baseline |", "|---|---|---|---|---|"]
+    lines += [
+        "| op | case | times faster than the fastest eager code | than the baseline | MiB, ours / baseline |",
+        "|---|---|---|---|---|",
+    ]
     for mine, baseline in ours(rows):
         memory = "" if baseline is None or not _mib(mine) else f"{_mib(mine)} / {_mib(baseline)}"
         case = f"{mine['variant']}, " + " ".join(f"{k} {v}" for k, v in mine["shape"].items())
-        lines.append(f"| `{mine['op']}` | {case} | {mine['ratio']:.2f} | {memory} | {mine['baseline']} |")
+        eager, than = f"**{mine['eager_ratio']:.2f}** ({mine['eager']})", f"{mine['ratio']:.2f} ({mine['baseline']})"
+        lines.append(f"| `{mine['op']}` | {case} | {eager} | {than} | {memory} |")
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['versions'].get('torch', '?')}"
     note = "forward and backward but for `generate`; every row, with spread, peers and where ours is slower"
-    return [*lines, "", f"Measured on {where}, commit `{machine['commit'][:7]}`: {note}: `bench/RESULTS.md`."]
+    lines += ["", f"Measured on {where}, commit `{machine['commit'][:7]}`: {note}: `bench/RESULTS.md`."]
+    growth = SCALING / f"{'cuda' if 'cuda' in machine else 'cpu'}_linear_ctc_loss.png"
+    if growth.exists():
+        lines += ["", f"![linear_ctc_loss as T, B, V and D grow]({growth.relative_to(ROOT)})"]
+    return lines
 
 
 def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, list[dict]]]]:
@@ -146,9 +167,10 @@ def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, 
         "# Results",
         "",
         "Generated by `python -m bench.report` from the JSON files in `bench/results/`. All providers of a case were",
-        "timed in turns in one process; the ratio is the median of the rounds' own ratios, with the lowest and the",
-        "highest. Extra peak is the growth of memory over one call, in a process of its own. % of floor is the least",
-        "time the work could take (`soundwave_fast/cost_model.py`) over the median.",
+        "timed in turns in one process; a ratio is the median of the rounds' own ratios, with the lowest and the",
+        "highest: first to the fastest eager code of the case, then to the baseline, its first row. Extra peak is the",
+        "growth of memory over one call, in a process of its own. % of floor is the least time the work could take",
+        "(`soundwave_fast/cost_model.py`) over the median.",
         "",
         *([] if any(is_gpu(path) for path in paths) else ["**No GPU row exists yet.**", ""]),
     ]
@@ -164,7 +186,7 @@ def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, 
             "",
             f"Commit `{machine['commit']}`{' with uncommitted changes' if machine['dirty'] else ''}, "
             f"{machine['threads']} threads of {machine['cpu_count']}, {versions}. "
-            f"`pytest bench/ --benchmark-only --benchmark-json={name}`",
+            f"`{' '.join(machine['command'])} --benchmark-json={name}`",
             "",
         ]
         if fresh:
@@ -183,11 +205,12 @@ def scaling(path: Path) -> tuple[list[str], list[dict]]:
     """RESULTS.md's section on a file of bench/sweep.py, and the points that still count."""
     document = json.loads(path.read_text())
     machine, points = document["machine"], document["points"]
-    fresh = [point for point in points if not stale(machine["commit"], tuple(point["files"]))]
+    fresh = [point for point in points if not stale(point["commit"], tuple(point["files"]))]
+    commits = ", ".join(sorted({f"`{point['commit']}`" for point in fresh}))
     lines = [
         f"## Scaling on {machine['device']}",
         "",
-        f"Commit `{machine['commit']}`, {machine['threads']} threads, `python -m bench.sweep`.",
+        f"Commit {commits}, {machine['threads']} threads, `python -m bench.sweep`.",
         "One dimension grows, the others stay at the shape of the tables above; time and memory grow with the power",
         "given, fitted on logarithmic axes.",
         "",
@@ -200,12 +223,11 @@ def scaling(path: Path) -> tuple[list[str], list[dict]]:
         for provider in (here[0]["baseline"], "ours"):
             line = sorted((p for p in here if p["provider"] == provider), key=lambda p: p["value"])
             grows = plots.exponent([(p["value"], p["seconds"]) for p in line])
-            memory = [(p["value"], max(p["extra_peak_mib"] or 0, 0.1)) for p in line]
-            lines.append(
-                f"| {values} | {provider} | {_ms(line[0]['seconds'])} ... {_ms(line[-1]['seconds'])} "
-                f"| {along}^{grows:.2f} | {memory[0][1]:.0f} ... {memory[-1][1]:.0f} "
-                f"| {along}^{plots.exponent(memory):.2f} |"
-            )
+            memory = plots.memory_points(line)
+            peaks = f"{memory[0][1]:.0f} ... {memory[-1][1]:.0f}" if memory else ""
+            power = f"{along}^{plots.exponent(memory):.2f}" if memory else ""
+            times = f"{_ms(line[0]['seconds'])} ... {_ms(line[-1]['seconds'])}"
+            lines.append(f"| {values} | {provider} | {times} | {along}^{grows:.2f} | {peaks} | {power} |")
             values = " | "
     gone = sorted({point["op"] for point in points if point not in fresh})
     if gone:
@@ -222,7 +244,7 @@ def is_gpu(path: Path) -> bool:
 def newest() -> list[Path]:
     """The newest results file of every device (names are <device>_<date>_<commit>.json), GPUs first."""
     latest: dict[str, Path] = {}
-    for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.name.split("_")[1:2]):
+    for path in sorted(RESULTS.glob("*.json"), key=lambda path: json.loads(path.read_text())["datetime"]):
         latest[path.name.split("_")[0]] = path
     return sorted(latest.values(), key=lambda path: (not is_gpu(path), path.name))
 

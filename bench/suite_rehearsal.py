@@ -1,4 +1,7 @@
-"""Pytest plugin of the suite's rehearsal: every bench case at a tiny shape, one round (`-p bench.suite_rehearsal`)."""
+"""Pytest plugin of the suite's rehearsal: every bench case at a tiny shape, one round (`-p bench.suite_rehearsal`).
+
+What is compiled is left out: inductor would take most of the rehearsal, and --smoke runs it.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         call = getattr(item, "callspec", None)
         case = call.params.get("case") if call else None
-        if case is None or case.shape.get("D", 0) > WIDEST:
+        if case is None or case.shape.get("D", 0) > WIDEST or "compiled" in call.params["provider"]:
             continue
         shape = {name: min(value, MOST.get(name, value)) for name, value in case.shape.items()}
         key = (case.op, case.variant, *shape.items())
-        first, case = small.setdefault(key, (case, dataclasses.replace(case, shape=shape, rounds=1, cost=None)))
+        providers = {name: make for name, make in case.providers.items() if "compiled" not in name}
+        less = {"shape": shape, "providers": providers, "rounds": 1, "cost": None}
+        first, case = small.setdefault(key, (case, dataclasses.replace(case, **less)))
         if first is call.params["case"]:  # else two cases became one
             call.params["case"] = case
             kept.append(item)

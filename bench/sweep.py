@@ -19,7 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench import harness, plots
-from bench.conftest import describe_machine
+from bench.conftest import describe_machine, nonconforming
+from bench.report import stale
 from soundwave_fast import cost_model
 
 RESULTS = harness.ROOT / "bench" / "results" / "scaling"
@@ -31,8 +32,12 @@ def modules() -> list[str]:
     return [f"bench.{name}" for name in names if hasattr(importlib.import_module(f"bench.{name}"), "SWEEP")]
 
 
-def _points(module: str, along: str, value: int, case: harness.Case, memory: bool) -> list[dict]:
+def _points(module: str, along: str, value: int, case: harness.Case, memory: bool, commit: str) -> list[dict]:
+    """The providers at one value. Raises ValueError where one's results are not the baseline's."""
     measured = harness.measure(case)
+    for provider, difference in measured.difference.items():
+        if difference > case.budget:
+            raise ValueError(f"{case.op} {case.id}: {provider} differs from the baseline by {difference:.3g}")
     chip = harness.chip()
     floor = None
     if case.cost is not None and chip is not None and case.dtype in chip.flops:
@@ -40,6 +45,7 @@ def _points(module: str, along: str, value: int, case: harness.Case, memory: boo
     return [
         {
             "op": f"{case.op} {case.variant}",
+            "commit": commit,
             "files": case.files,
             "baseline": next(iter(measured.seconds)),
             "along": along,
@@ -59,12 +65,28 @@ def _write(path: Path, document: dict) -> None:
     os.replace(temporary, path)
 
 
+def _kept(path: Path, machine: dict, memory: bool) -> list[dict]:
+    """Points of an earlier call on this machine whose op is still the same, so that a sweep can be stopped and given
+    again, or be repeated for one op."""
+    if not path.exists():
+        return []
+    document = json.loads(path.read_text())
+    if any(document["machine"].get(key) != machine[key] for key in ("device", "threads", "versions")):
+        return []
+    return [
+        point
+        for point in document["points"]
+        if not stale(point["commit"], tuple(point["files"])) and not (memory and point["extra_peak_mib"] is None)
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.sweep", description=__doc__)
     names = modules()
     parser.add_argument("--only", nargs="+", choices=[name.removeprefix("bench.bench_") for name in names])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-conformance", action="store_true", help="do not run the ops' tests first")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.rounds < 1:
@@ -72,11 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = describe_machine()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{harness.device().type}.json"
-    document = {"machine": machine, "points": []}
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before["machine"] == machine:  # the same commit on the same machine: go on
-            document = before
+    document = {"machine": machine, "points": _kept(path, machine, not args.no_memory)}
     done = {(p["op"], p["along"], p["value"]) for p in document["points"]}
     todo = [
         (name, along, value, dataclasses.replace(case, rounds=args.rounds))
@@ -85,10 +103,18 @@ def main(argv: list[str] | None = None) -> int:
         for along, value, case in harness.sweep_cases(importlib.import_module(name))
         if (f"{case.op} {case.variant}", along, value) not in done
     ]
+    cases = {case.op: case for _, _, _, case in todo}
+    for case in () if args.no_conformance else cases.values():
+        if said := nonconforming(case):
+            print(f"sweep: {said}", file=sys.stderr)
+            return 1
     try:
         for name, along, value, case in tqdm(todo, unit="point", disable=not sys.stderr.isatty()):
-            document["points"] += _points(name, along, value, case, not args.no_memory)
+            document["points"] += _points(name, along, value, case, not args.no_memory, machine["commit"])
             _write(path, document)
+    except ValueError as error:
+        print(f"sweep: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -13,11 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soundwave_fast.model.alignment_adapter import AlignmentAdapter
-from soundwave_fast.model.shrinking_adapter import ShrinkingAdapter
 
-
-def align(adapter: AlignmentAdapter, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def align(adapter, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T, D) adapter frames and their lengths: the released modules over the padded batch with a key mask."""
     B, T50, E = frames.shape
     x, lengths = adapter.mm_projector1(frames[:, : T50 - T50 % 2].reshape(B, T50 // 2, 2 * E)), lengths // 2
@@ -40,7 +37,7 @@ def ctc(model, hidden: Tensor, lengths: Tensor, targets: Tensor, target_lengths:
     return loss, logits.argmax(-1)
 
 
-def shrink(adapter: ShrinkingAdapter, hidden: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def shrink(adapter, hidden: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """(N, D) kept frames after look-back, residual and LayerNorm, and how many each utterance keeps."""
     valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     keep = valid.clone()

@@ -1,4 +1,4 @@
-"""What every test shares: the environment (before torch is imported), seeds, tiny random parts and synthetic speech."""
+"""What tests share: the environment (before torch is imported), seeds, tiny random parts, speech, the command line."""
 
 from __future__ import annotations
 
@@ -49,3 +49,59 @@ def speech_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.model import tiny
 
     return tiny.make_speech(tmp_path_factory.mktemp("speech"))
+
+
+# -- the command line (tests/test_cli*.py) -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def stage(tiny_parts, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A stage directory of a tiny model with LoRA."""
+    from soundwave_fast.model import checkpoint
+    from tests.model import tiny
+
+    folder = tmp_path_factory.mktemp("stage")
+    torch.manual_seed(1)  # the same random adapters, hence the same transcripts, whichever tests ran before
+    model, processor = tiny.make_model(tiny_parts)
+    checkpoint.save_stage_directory(tiny.add_lora(model), folder, processor)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One second as 16 kHz wav, 8 kHz stereo wav and flac; one of 35 s; one that is no audio."""
+    import soundfile
+
+    from tests.model import tiny
+
+    folder = tmp_path_factory.mktemp("sounds")
+    wave = tiny.make_wave(0, 1.0)
+    soundfile.write(folder / "a.wav", wave, 16_000)
+    soundfile.write(folder / "stereo.wav", np.stack([wave[::2], wave[::2]], 1), 8_000)
+    soundfile.write(folder / "a.flac", wave, 16_000)
+    soundfile.write(folder / "long.wav", tiny.make_wave(1, 35.0), 16_000)
+    (folder / "broken.wav").write_text("this is no audio")
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+@pytest.fixture
+def soundwave(stage, capsys: pytest.CaptureFixture):
+    """Run the command; (exit code, lines on stdout, lines on stderr)."""
+    from soundwave_fast import cli
+
+    def run(command: str, *arguments: str, model: str = stage):
+        capsys.readouterr()
+        code = cli.main([command, *arguments, "--model", model, "--max-new-tokens", "6"])
+        said = capsys.readouterr()
+        return code, said.out.splitlines(), said.err.splitlines()
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The ratios of the benchmarks' smoke run, which says that they work and not how fast anything is."""
+    reports = terminalreporter.getreports("passed")
+    lines = [line for report in reports for name, line in report.user_properties if name == "times faster"]
+    if lines:
+        terminalreporter.section("benchmarks, two rounds beside other tests: times faster than the baseline")
+        terminalreporter.write("\n".join([*lines, ""]))

@@ -1,12 +1,12 @@
 """The benchmarks' machinery: clocks, memory, staleness, the report and the cost model, on cases known beforehand."""
 
-import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import harness, report
+from bench import conftest, harness, sources
 from soundwave_fast import cost_model
 
 
@@ -30,6 +30,84 @@ def case(name: str, **providers) -> harness.Case:
 
 
 def test_providers_are_timed_in_turns():
+    calls = []
+
+    def noting(name):
+        def make(case, where, seed):
+            def step():
+                calls.append(name)
+                time.sleep(0.02)  # long enough to be called once a turn
+                return ()
+
+            return step
+
+        return make
+
+    harness.measure(case("turns", eager=noting("a"), padded=noting("b"), ours=noting("c")))
+    assert "".join(calls) == "abc" * 6, "once to begin with, then five rounds"
+
+
+def test_the_fastest_eager_provider_is_known():
+    names = dict.fromkeys(["eager as released", "eager, padded", "eager, padded, compiled", "ours", "ours, x", "peer"])
+    assert harness.Case("x", "y", {}, names, peers=("peer",)).eager == ["eager as released", "eager, padded"]
+
+
+def test_a_case_that_fails_is_tried_once():
+    made = []
+
+    def broken(case, where, seed):
+        made.append(1)
+        raise RuntimeError("no")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no"):
+            harness.measure(case("broken", eager=sleeper(0.0), ours=broken))
+    assert len(made) == 1
+
+
+def test_a_peer_that_does_not_compile_is_missing_and_ours_is_an_error():
+    def uncompilable(case, where, seed):
+        raise torch._dynamo.exc.InternalTorchDynamoError("cannot")
+
+    measured = harness.measure(case("peer", eager=sleeper(0.0), compiled=uncompilable, ours=sleeper(0.0)))
+    assert list(measured.missing) == ["compiled"] and "ours" in measured.seconds
+    with pytest.raises(torch._dynamo.exc.InternalTorchDynamoError):
+        harness.measure(case("own", eager=sleeper(0.0), ours=uncompilable))
+
+
+def test_sources_follow_imports():
+    files = harness.Case("peak_gather", "", {}, {}).files
+    assert {"bench/bench_peak_gather.py", "csrc_triton/ragged.py", "soundwave_fast/packed.py"} <= set(files)
+    assert not any("ctc_loss" in name or "harness" in name for name in files)
+    fused = "soundwave_fast/ops/pure_torch/fused_attention.py"
+    assert fused in harness.Case("varlen_cross_attention", "", {}, {}).files
+    assert fused in sources.imported(["soundwave_fast/ops/pure_torch"]), "of a folder, what is in it"
+
+
+def test_an_op_whose_tests_fail_is_not_timed(tmp_path, monkeypatch):
+    kept = {}
+    cache = SimpleNamespace(get=kept.get, set=kept.__setitem__)
+    tests = tmp_path / "test_op.py"
+    op = harness.Case("toy", "", {}, {}, tests=str(tests))
+    tests.write_text("def test_it():\n    assert 1 == 2\n")
+    assert "assert 1 == 2" in conftest.nonconforming(op, cache) and not kept
+    tests.write_text("def test_it():\n    assert 2 == 2\n")
+    assert conftest.nonconforming(op, cache) == "" and len(kept) == 1
+    monkeypatch.setattr(conftest.subprocess, "run", lambda *_, **__: pytest.fail("a pass is remembered"))
+    assert conftest.nonconforming(op, cache) == ""
+
+
+def test_peak_memory_in_a_process_of_its_own():
+    from bench import bench_peak_gather
+
+    mib = harness.peak_in_child("bench.bench_peak_gather", bench_peak_gather.CASES[0], "ours")
+    gradient = 8 * 750 * 576 * 4 / 2**20
+    assert gradient < mib < 1.5 * gradient
+    with pytest.raises(RuntimeError, match="KeyError"):
+        harness.peak_in_child("bench.bench_peak_gather", bench_peak_gather.CASES[0], "nobody")
+
+
+def test_providers_that_are_not_installed_are_named():
     measured = harness.measure(case("sleepers", eager=sleeper(0.03), ours=sleeper(0.01), peer=absent))
     assert measured.missing == {"peer": "not installed"}
     assert all(len(samples) == 5 for samples in measured.seconds.values())
@@ -65,59 +143,6 @@ def test_replayed_samples_are_pytest_benchmarks_samples():
     clock = harness._Replay([0.25, 0.5])
     starts_and_ends = [clock() for _ in range(4)]
     assert starts_and_ends == [0.0, 0.25, 0.0, 0.5]
-
-
-def results(commit: str, files: list[str]) -> dict:
-    def row(provider, seconds, ratio, mib):
-        info = {
-            "op": "ctc_loss",
-            "variant": "fp32",
-            "shape": {"B": 8, "T": 150},
-            "provider": provider,
-            "baseline": "eager",
-            "files": files,
-            "ratio": ratio,
-            "ratio_low": ratio - 0.1,
-            "ratio_high": ratio + 0.1,
-            "extra_peak_mib": mib,
-            "of_floor": 0.5,
-        }
-        return {"fullname": f"test[{provider}]", "extra_info": info, "stats": {"data": [seconds] * 5}}
-
-    machine = {"commit": commit, "dirty": False, "device": "CPU X", "threads": 2, "cpu_count": 2}
-    machine["versions"] = {"torch": "2.13.0"}
-    return {"machine_info": machine, "benchmarks": [row("eager", 0.2, 1.0, 80.0), row("ours", 0.1, 2.0, 8.0)]}
-
-
-def test_report_shows_the_ratio_first(tmp_path):
-    path = tmp_path / "cpu_2026_abc.json"
-    path.write_text(json.dumps(results("HEAD", ["LICENSE"])))
-    text, block, kept = report.compose([path])
-    assert "| ours | **2.00** (1.90 ... 2.10) | 100 / 100 / 100 | 8 | 50 % |" in text
-    assert "| `ctc_loss` | fp32, B 8 T 150 | 2.00 | 8 / 80 | eager |" in block
-    assert "No GPU row exists yet" in text
-    assert len(kept[0][2]) == 2
-
-
-def test_report_refuses_rows_of_another_state(tmp_path):
-    path = tmp_path / "cpu_2026_abc.json"
-    path.write_text(json.dumps(results("0" * 40, ["LICENSE"])))  # a commit nobody has
-    text, _, kept = report.compose([path])
-    assert kept[0][2] == [] and "Refused" in text and "**2.00**" not in text
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"benchmarks": []}'])
-def test_report_of_something_else(tmp_path, content, capsys):
-    path = tmp_path / "x.json"
-    path.write_text(content)
-    assert report.main([str(path)]) == 2
-    assert "not a results file" in capsys.readouterr().err
-
-
-def test_readme_block_is_replaced():
-    readme = f"a\n{report.BEGIN}\nold\n{report.END}\nb\n"
-    assert report.with_block(readme, "new") == f"a\n{report.BEGIN}\nnew\n{report.END}\nb\n"
-    assert report.with_block("no markers", "new") == "no markers"
 
 
 def test_floors():

@@ -45,7 +45,7 @@ def test_exponent():
 
 
 def test_a_sweep_finds_how_its_providers_grow(toy, tmp_path, monkeypatch, capsys):
-    given = ["--rounds", "1", "--no-memory", "--out", str(tmp_path)]
+    given = ["--rounds", "1", "--no-memory", "--no-conformance", "--out", str(tmp_path)]
     assert sweep.main(given) == 0
     path = tmp_path / f"{harness.device().type}.json"
     points = json.loads(path.read_text())["points"]
@@ -71,8 +71,8 @@ def test_a_sweep_finds_how_its_providers_grow(toy, tmp_path, monkeypatch, capsys
 
 
 def test_a_sweep_that_was_stopped_goes_on(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "describe_machine", lambda: {"device": "here", "commit": "0" * 40, "dirty": False})
-    given = ["--rounds", "1", "--no-memory", "--out", str(tmp_path)]
+    monkeypatch.setattr(sweep, "stale", lambda commit, files: False)
+    given = ["--rounds", "1", "--no-memory", "--no-conformance", "--out", str(tmp_path)]
     measure, seen = harness.measure, []
 
     def stops_at_4(case):
@@ -85,4 +85,26 @@ def test_a_sweep_that_was_stopped_goes_on(toy, tmp_path, monkeypatch):
     assert sweep.main(given) == 130
     assert sweep.main(given) == 0
     assert seen == [1, 2, 4, 4]
-    assert len(json.loads((tmp_path / f"{harness.device().type}.json").read_text())["points"]) == 6
+    path = tmp_path / f"{harness.device().type}.json"
+    assert len(json.loads(path.read_text())["points"]) == 6
+    assert sweep.main(given) == 0 and len(seen) == 4, "nothing left to do"
+    monkeypatch.setattr(sweep, "stale", lambda commit, files: True)  # the op has changed
+    monkeypatch.setattr(harness, "_measured", {})
+    assert sweep.main(given) == 0 and seen[4:] == [1, 2, 4]
+    assert len(json.loads(path.read_text())["points"]) == 6
+
+
+def test_a_sweep_of_wrong_results_stops(toy, tmp_path, capsys):
+    case = toy.case
+
+    def wrong(**shape):
+        def make(case, where, seed):
+            return lambda: (torch.ones(3),)
+
+        made = case(**shape)
+        made.providers["ours"] = make
+        return made
+
+    toy.case = wrong
+    assert sweep.main(["--rounds", "1", "--no-memory", "--no-conformance", "--out", str(tmp_path)]) == 1
+    assert "ours differs from the baseline" in capsys.readouterr().err
