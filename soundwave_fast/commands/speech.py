@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from soundwave_fast.commands import say
-from soundwave_fast.commands.files import expand, output_paths, progress_bar
+from soundwave_fast.commands.files import expand, output_paths, progress_bar, seconds_of
 
 SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str, default_model: 
     """The options of `transcribe` or `chat`."""
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="audio (whatever libsndfile reads), pattern, directory")
-    add("--model", default=default_model, help="stage directory, saved or released model [%(default)s]")
+    add("--model", default=default_model, help="stage directory, saved or released model, or hub name [%(default)s]")
     add("--max-new-tokens", type=int, default=128, help="of each answer or window [%(default)s]")
     add("--batch-size", type=int, default=8, help="windows, and answers, at a time [%(default)s]")
     add("--window", type=float, default=30.0, metavar="S", help="longest window, 5 ... 30 s [%(default)s]")
@@ -77,22 +77,22 @@ def run(args: argparse.Namespace) -> int:
         return 2
     try:
         if args.command == "chat":
-            failed = _chat(args, model, processor, files)
-        else:
-            failed = _transcribe(args, model, processor, files, outputs)
+            return _exit_code(_chat(args, model, processor, files), files)
+        return _transcribe(args, model, processor, files, outputs)
     except (OSError, ValueError, RuntimeError) as error:  # not one file's fault: memory, a full disk, an option
         if isinstance(error, BrokenPipeError):
             raise
         say(error)
         return 2
-    return 0 if not failed else 2 if failed == len(files) else 1
+
+
+def _exit_code(failed: int, files: list[str], drawn: bool = True) -> int:
+    return 2 if failed == len(files) else 1 if failed or not drawn else 0
 
 
 def _check_output(args: argparse.Namespace, files: list[str]) -> list[Path] | None:
-    if args.peaks and len(files) != 1:
-        raise ValueError("--peaks draws one file")
-    if args.peaks and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--peaks needs matplotlib, which is not installed")
+    if args.peaks:
+        _check_peaks(args.peaks, files)
     if args.output_dir is None:
         if args.skip_existing:
             raise ValueError("--skip-existing needs --output-dir")
@@ -107,11 +107,28 @@ def _check_output(args: argparse.Namespace, files: list[str]) -> list[Path] | No
     return outputs
 
 
+def _check_peaks(target: str, files: list[str]) -> None:
+    if len(files) != 1:
+        raise ValueError("--peaks draws one file")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--peaks needs matplotlib, which is not installed")
+    from soundwave_fast import plots
+
+    try:
+        plots.check_target(target)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--peaks {error}") from None
+    seconds, limit = seconds_of(files), plots.MAX_PICTURE_SECONDS  # 0 where the header does not tell
+    if seconds > limit:
+        raise ValueError(f"--peaks draws at most {limit:.0f} s, {files[0]} is {seconds:.0f} s long")
+
+
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from transformers.utils import logging
 
     from soundwave_fast.model import SoundwaveForConditionalGeneration, SoundwaveProcessor
+    from soundwave_fast.model.hub import local_directory
 
     warnings.simplefilter("ignore", FutureWarning)  # transformers' and peft's about each other
     logging.set_verbosity_error()
@@ -124,14 +141,16 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device}: {reason}") from None
-    if not Path(args.model).is_dir():
-        raise ValueError(f"--model {args.model}: no such directory")
+    try:
+        name = local_directory(args.model)
+    except OSError as error:
+        raise ValueError(f"--model {error}") from None
     settings = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
     settings["with_language_model"] = args.command == "chat" or not _ctc_alone(args)
-    model = SoundwaveForConditionalGeneration.from_pretrained(args.model, **settings).to(device).eval()
+    model = SoundwaveForConditionalGeneration.from_pretrained(name, **settings).to(device).eval()
     if args.compile or (args.compile is None and torch.device(device).type == "cuda"):
         model.compile_adapters()
-    return model, SoundwaveProcessor.from_pretrained(args.model)
+    return model, SoundwaveProcessor.from_pretrained(name)
 
 
 def _ctc_alone(args: argparse.Namespace) -> bool:
@@ -195,30 +214,39 @@ def _stream_one(args: argparse.Namespace, model: Any, processor: Any, name: str,
 def _transcribe(
     args: argparse.Namespace, model: Any, processor: Any, files: list[str], outputs: list[Path] | None
 ) -> int:
-    """Prints or writes the transcripts; number of files that failed."""
+    """Prints or writes the transcripts, draws the peaks; exit code."""
     from soundwave_fast import generate, subtitles
 
-    failed = 0
+    failed, drawn = 0, True
     with progress_bar(files) as bar:
         settings = {**_settings(args), "llm": not _ctc_alone(args), "progress": bar.update}
         found = generate.transcripts(model, processor, files, **settings)
         for i, (name, transcript) in enumerate(zip(files, found, strict=True)):
             with bar.external_write_mode():
-                try:
-                    if isinstance(transcript, Exception):
-                        raise transcript
-                    if args.peaks:
-                        generate.draw_peaks(model, processor, name, args.peaks)
-                except (OSError, ValueError) as error:
+                if isinstance(transcript, Exception):
                     failed += 1
-                    _complain(name, error)
+                    _complain(name, transcript)
                     continue
                 if outputs is not None:
                     subtitles.write("".join(_lines(args, transcript, name, "")), outputs[i])
-                    continue
-                prefix = f"{name}\t" if len(files) > 1 and args.format == "text" else ""
-                print("".join(_lines(args, transcript, name, prefix)), end="", flush=True)
-    return failed
+                else:
+                    prefix = f"{name}\t" if len(files) > 1 and args.format == "text" else ""
+                    print("".join(_lines(args, transcript, name, prefix)), end="", flush=True)
+                if args.peaks:  # last: whatever becomes of the picture, the transcript is there
+                    drawn = _draw(args, model, processor, name)
+    return _exit_code(failed, files, drawn)
+
+
+def _draw(args: argparse.Namespace, model: Any, processor: Any, name: str) -> bool:
+    from soundwave_fast import generate
+
+    settings = {"batch_size": args.batch_size, "window_seconds": args.window}
+    try:
+        generate.draw_peaks(model, processor, name, args.peaks, **settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        say(f"--peaks {args.peaks}: {error}")
+        return False
+    return True
 
 
 def _lines(args: argparse.Namespace, transcript: Any, name: str, prefix: str) -> Iterator[str]:

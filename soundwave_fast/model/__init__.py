@@ -1,6 +1,6 @@
 """The model: one file per arrow of the data flow, and Hugging Face names for the whole."""
 
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
 from soundwave_fast.model.config import SoundwaveConfig
 from soundwave_fast.model.processing import SoundwaveProcessor
@@ -9,13 +9,10 @@ from soundwave_fast.model.soundwave import SoundwaveForConditionalGeneration, So
 
 AutoConfig.register("soundwave", SoundwaveConfig, exist_ok=True)
 AutoConfig.register("Soundwave", ReleasedConfig, exist_ok=True)
-AutoProcessor.register(SoundwaveConfig, SoundwaveProcessor, exist_ok=True)
-
-AutoProcessor.register(ReleasedConfig, SoundwaveProcessor, exist_ok=True)
-try:
-    from transformers import AutoModelForMultimodalLM as _AutoModel
-except ImportError:  # the nearest class of an older transformers
-    from transformers import AutoModelForSpeechSeq2Seq as _AutoModel
-_AutoModel.register(SoundwaveConfig, SoundwaveForConditionalGeneration, exist_ok=True)
+for _config in (SoundwaveConfig, ReleasedConfig):
+    AutoProcessor.register(_config, SoundwaveProcessor, exist_ok=True)
+    for _auto in (AutoModel, AutoModelForMultimodalLM):  # one class for both: there is none without a head
+        # not `_auto.register`: it wants the class's own config, and the released format's is another
+        _auto._model_mapping.register(_config, SoundwaveForConditionalGeneration, exist_ok=True)
 
 __all__ = ["SoundwaveConfig", "SoundwaveForConditionalGeneration", "SoundwaveOutput", "SoundwaveProcessor"]

@@ -194,15 +194,17 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
+BY_AUTO_CLASSES = ("_commit_hash", "_from_auto", "adapter_kwargs", "code_revision", "trust_remote_code")
+
+
 def own_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`from_pretrained`'s arguments that apply to a directory it does not load through transformers.
 
     Raises:
         TypeError: any other, but for those that auto classes add.
     """
-    known = ("dtype", "with_language_model", "attn_implementation", "audio_tower")
-    by_auto_classes = ("config", "_commit_hash", "trust_remote_code", "adapter_kwargs", "code_revision")
-    kwargs = {k: v for k, v in kwargs.items() if k not in by_auto_classes and v is not None}
+    known = ("dtype", "with_language_model", "attn_implementation", "audio_tower", "config")
+    kwargs = {k: v for k, v in kwargs.items() if k not in BY_AUTO_CLASSES and v is not None}
     dtype = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", dtype)
     if unknown := sorted(kwargs.keys() - set(known)):
@@ -217,9 +219,17 @@ def from_stage_directory(
     dtype: torch.dtype | None = None,
     with_language_model: bool | None = None,
     attn_implementation: str | dict | None = None,
+    config: SoundwaveConfig | None = None,
 ) -> Any:
-    """The whole model as a stage left it: frozen parts from where the config says, adapters and LoRA from `path`."""
-    config = SoundwaveConfig.from_pretrained(path)
+    """The whole model as a stage left it: frozen parts from where the config says, adapters and LoRA from `path`.
+
+    Args:
+        config: instead of the directory's. An auto class passes one that holds what it was given: settings, and the
+            attention of either part.
+    """
+    config = SoundwaveConfig.from_pretrained(path) if config is None else config
+    if attn_implementation is None:
+        attn_implementation = {part: getattr(config, part)._attn_implementation for part in config.sub_configs}
     with_language_model = True if with_language_model is None else with_language_model
     model = from_parts(cls, config, dtype or torch.float32, with_language_model, attn_implementation)
     load_adapters(model, path)

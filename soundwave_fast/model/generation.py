@@ -25,7 +25,7 @@ _CACHE_OPTIONS = (
 
 
 class AudioGenerationMixin(GenerationMixin):
-    """`generate` of a model with `get_audio_features`, `_splice` and a `language_model` that generates text.
+    """`generate` of a model that has `get_audio_features`, `get_placeholder_mask`, `_splice`, and a `language_model`.
 
     The LLM's `generation_config` is the model's own: one object, saved and loaded with the model.
     """
@@ -68,6 +68,7 @@ class AudioGenerationMixin(GenerationMixin):
         encoder_frames: Tensor | None = None,  # (N, T50, d_enc) instead of input_features, with frame_lengths
         frame_lengths: Tensor | None = None,
         audio: Packed | None = None,  # audio tokens instead of either: (n, D), N segments
+        input_features_mask: Tensor | None = None,  # (N, M), 1 = counts; instead of feature_lengths
         lora_without_audio: bool | None = None,
         compile_adapters: bool | None = None,
         **kwargs: Any,  # whatever `GenerationMixin.generate` takes
@@ -89,7 +90,7 @@ class AudioGenerationMixin(GenerationMixin):
             raise ValueError("language_model: the model was loaded without it, there is nothing to generate with")
         on_cuda = input_ids.device.type == "cuda" and not _distributed()
         keep_lora = self.config.lora_without_audio if lora_without_audio is None else lora_without_audio
-        placeholder = input_ids == self.config.audio_token_id
+        placeholder = self.get_placeholder_mask(input_ids)
         if audio is None and input_features is None and encoder_frames is None:
             if bool(placeholder.any()):
                 raise ValueError(f"input_ids: {int(placeholder.sum())} placeholders, but no audio is given")
@@ -102,7 +103,9 @@ class AudioGenerationMixin(GenerationMixin):
             if compile_adapters or (compile_adapters is None and on_cuda and not self.training):
                 if not self._adapters_compiled:
                     self.compile_adapters()
-            audio = self.get_audio_features(input_features, feature_lengths, encoder_frames, frame_lengths)
+            audio = self.get_audio_features(
+                input_features, feature_lengths, encoder_frames, frame_lengths, input_features_mask
+            )
         spliced = self._splice(input_ids, attention_mask, None, audio, "left")
         rows = {}
         if not keep_lora:

@@ -14,6 +14,8 @@ from transformers.processing_utils import ProcessorMixin
 
 from soundwave_fast.audio import MAX_SECONDS, MIN_SECONDS, SAMPLE_RATE, as_mono_16k, load_audio, trim_end
 from soundwave_fast.model.chat import AUDIO_TOKEN, RELEASED_TEMPLATE, flatten, read_item
+from soundwave_fast.model.checkpoint import BY_AUTO_CLASSES
+from soundwave_fast.model.hub import local_directory
 from soundwave_fast.model.released_reading import is_released_directory, read_config
 from soundwave_fast.model.whisper import EDGE_MELS
 
@@ -77,10 +79,25 @@ class SoundwaveProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> SoundwaveProcessor:
-        """Of a stage directory, a saved model, or a released-format directory."""
-        if is_released_directory(name):
-            return cls.from_released(name)
-        return super().from_pretrained(name, *args, **kwargs)
+        """Of a stage directory, a saved model, or a released-format directory, or of a Hub repository that is any.
+
+        Args:
+            audio_tower: of a released-format directory: Whisper folder or hub name instead of the one it names.
+            kwargs: `cache_dir`, `revision`, `local_files_only`, ... (see `hub.local_directory`), and what
+                `ProcessorMixin.from_pretrained` takes where the directory is not of the released format.
+
+        Raises:
+            OSError: nothing to be found under that name.
+            TypeError: an argument that a released-format directory does not take.
+        """
+        path = local_directory(name, kwargs, weights=False)
+        if not is_released_directory(path):
+            return super().from_pretrained(path, *args, **kwargs)
+        audio_tower = kwargs.pop("audio_tower", None)
+        tolerated = (*BY_AUTO_CLASSES, "config")
+        if unknown := sorted(k for k, v in kwargs.items() if k not in tolerated and v is not None):
+            raise TypeError(f"from_pretrained: {', '.join(unknown)} cannot be given for a released-format directory")
+        return cls.from_released(path, audio_tower)
 
     # -- audio -------------------------------------------------------------------------------------------------
 
@@ -154,7 +171,8 @@ class SoundwaveProcessor(ProcessorMixin):
             [{"role": "user", "content": [{"type": "audio", "path": "a.wav"}, {"type": "text", "text": "Who speaks?"}]}]
 
         An audio item names its source as `path`, `url`, or `audio` (a path, or a waveform (samples,) with
-        `sampling_rate`); see `soundwave_fast.model.chat.read_item`. Any number of them may stand anywhere.
+        `sampling_rate`); see `soundwave_fast.model.chat.read_item`. Any number of them may stand anywhere, each of at
+        most 30 s: longer audio goes through `soundwave_fast.generate` or the command line, which cut it into windows.
 
         Args:
             tokenize: False returns the text with one placeholder per audio; True reads the audio.
@@ -190,18 +208,20 @@ class SoundwaveProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         audio: Any = None,
         sampling_rate: int = SAMPLE_RATE,
-        **kwargs: Any,
+        return_tensors: str = "pt",
     ) -> BatchFeature:
         """Model inputs for generation: left-padded ids, log-mel and mel lengths.
 
         Args:
             text: prompts, each with one `<audio_patch>` per audio (see `prompt`).
-            audio: one or a list of paths or waveforms (samples,), in the order of the placeholders.
+            audio: one or a list of paths or waveforms (samples,) of at most 30 s, in the order of the placeholders.
             sampling_rate: Hz of the waveforms.
 
         Raises:
-            ValueError: counts of placeholders and audios that differ, or bad audio.
+            ValueError: counts of placeholders and audios that differ, bad audio, `return_tensors` other than 'pt'.
         """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors: {return_tensors!r}; only 'pt' is made")
         out: dict[str, Any] = {}
         audios = [] if audio is None else list(audio) if isinstance(audio, (list, tuple)) else [audio]
         if text is not None:

@@ -87,7 +87,8 @@ def write_released(
     layout = (config.released or {}).get("layout") or {"adapters": "model.", "audio_tower": None}
     tensors = _tensors(model, layout["audio_tower"] is not None)
     path.mkdir(parents=True, exist_ok=True)
-    flat = _flat_config(model, tensors[_EMBEDDING].shape[0], differing)
+    in_tokenizer = processor is not None and processor.audio_token_id == config.audio_token_id
+    flat = _flat_config(model, tensors[_EMBEDDING].shape[0], differing, in_tokenizer)
     if config.text_config.tie_word_embeddings and not layout.get("lm_head"):
         tensors.pop(_HEAD)
     elif config.text_config.tie_word_embeddings:
@@ -126,7 +127,9 @@ def _tensors(model: Any, with_tower: bool) -> dict[str, Tensor]:
     return out
 
 
-def _flat_config(model: Any, vocabulary: int, differing: dict) -> dict:
+def _flat_config(model: Any, vocabulary: int, differing: dict, found_in_tokenizer: bool) -> dict:
+    """The config.json that was read, or one made of ours. Of keys that were absent when read, only those come in that a
+    reader cannot do without: `audio_tower`, and the placeholder's id unless the tokenizer written beside tells it."""
     config = model.config
     dtype = str(next(model.language_model.parameters()).dtype).removeprefix("torch.")
     flat = dict((config.released or {}).get("config") or {})
@@ -136,14 +139,16 @@ def _flat_config(model: Any, vocabulary: int, differing: dict) -> dict:
         if rope:  # the older form, which the authors' transformers reads; newer ones read both
             flat["rope_theta"] = rope.pop("rope_theta", 10000.0)
             flat["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        found_in_tokenizer = False  # the authors' own code looks in config.json
         flat.update(torch_dtype=dtype, adapter_size=config.audio_config.d_model, vocab_size=vocabulary)
-    name = "dtype" if "dtype" in flat else "torch_dtype"
-    if flat.get(name) != dtype:
-        flat[name] = dtype
+        flat["architectures"] = ["SoundwaveForCausalLM"]
+    if "dtype" in flat or "torch_dtype" in flat:
+        flat["dtype" if "dtype" in flat else "torch_dtype"] = dtype
     flat.update(model_type=MODEL_TYPE)
-    flat.setdefault("architectures", ["SoundwaveForCausalLM"])
-    flat.setdefault("audio_tower", config.audio_tower)
-    flat.setdefault("audio_patch_token", config.audio_token_id)
+    if not flat.get("audio_tower"):
+        flat["audio_tower"] = config.audio_tower
+    if not found_in_tokenizer and not isinstance(flat.get("audio_patch_token"), int):
+        flat["audio_patch_token"] = config.audio_token_id
     flat.pop(OURS, None)
     return {**flat, OURS: differing} if differing else flat
 

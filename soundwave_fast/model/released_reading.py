@@ -30,6 +30,15 @@ class ReleasedConfig(LlamaConfig):
 
     model_type = MODEL_TYPE
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> Any:
+        """As transformers' own, but what an auto class was given for the parts goes on to the model: this flat config
+        would swallow a part's attention and the name of the Whisper unseen."""
+        auto = kwargs.get("return_unused_kwargs", False)
+        parts = {k: kwargs.pop(k) for k in ("attn_implementation", "audio_tower") if auto and k in kwargs}
+        found = super().from_dict(config_dict, **kwargs)
+        return (found[0], {**found[1], **parts}) if auto else found
+
 
 def is_released_directory(name: Any) -> bool:
     """Whether `name` is a folder whose config.json says `model_type: Soundwave`."""
@@ -64,7 +73,11 @@ def read_config(path: str | Path, audio_tower: str | None = None) -> SoundwaveCo
     if not name:
         raise ValueError(f"{path / 'config.json'}: no audio_tower; pass audio_tower, a Whisper folder or hub name")
     name = str(path / name) if not Path(name).is_dir() and (path / name).is_dir() else str(name)
-    audio = AutoConfig.from_pretrained(name)
+    try:
+        audio = AutoConfig.from_pretrained(name)
+    except OSError as error:  # transformers' own words need not name it
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise OSError(f"{path / 'config.json'}: audio_tower {name} cannot be loaded: {reason}") from error
     audio = getattr(audio, "audio_config", audio)
     width = flat.get("adapter_size", audio.d_model)
     if width != audio.d_model:
@@ -115,8 +128,13 @@ def from_released_directory(
     audio_tower: str | None = None,
     with_language_model: bool | None = None,
     attn_implementation: str | dict | None = None,
+    config: ReleasedConfig | None = None,
 ) -> Any:
-    """A `cls` (SoundwaveForConditionalGeneration) in eval mode; see `soundwave_fast.model.released.read_released`."""
+    """A `cls` (SoundwaveForConditionalGeneration) in eval mode; see `soundwave_fast.model.released.read_released`.
+
+    Args:
+        config: what an auto class read; not used, as the file itself is kept for writing it back.
+    """
     path = Path(path)
     config = read_config(path, audio_tower)
     if attn_implementation is not None:

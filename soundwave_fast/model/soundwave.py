@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from soundwave_fast.model import checkpoint, released_reading
 from soundwave_fast.model.alignment_adapter import STACK, AlignmentAdapter
 from soundwave_fast.model.config import SoundwaveConfig
 from soundwave_fast.model.ctc_head import CTCHead
 from soundwave_fast.model.generation import AudioGenerationMixin
+from soundwave_fast.model.hub import local_directory
 from soundwave_fast.model.lora import has_lora, llm_state_dict
 from soundwave_fast.model.losses import next_token_loss
 from soundwave_fast.model.shrinking_adapter import ShrinkingAdapter
-from soundwave_fast.model.whisper import EDGE_MELS, MEL_PER_FRAME, encode_frames
+from soundwave_fast.model.whisper import EDGE_MELS, MEL_PER_FRAME, count_mels, encode_frames
 from soundwave_fast.ops import Packed, splice
 from soundwave_fast.ops.splice import Spliced
 
@@ -30,11 +31,15 @@ class SoundwaveOutput(ModelOutput):
     """Losses come as sums with their counts; `loss` is their weighted mean over this batch alone."""
 
     loss: Tensor | None = None
+    logits: Tensor | None = None  # (B, M, V), only without labels
+    past_key_values: Any = None  # the LLM's cache
+    hidden_states: tuple[Tensor, ...] | None = None  # of the LLM
+    attentions: tuple[Tensor, ...] | None = None
+    audio_hidden_states: Tensor | None = None  # (total, D) audio tokens, packed; audio_lengths bound the utterances'
     ce_sum: Tensor | None = None
     ce_count: Tensor | None = None
     ctc_sum: Tensor | None = None
     ctc_count: Tensor | None = None
-    logits: Tensor | None = None
     audio_lengths: Tensor | None = None  # (N,) audio tokens each utterance became
     frame_lengths: Tensor | None = None  # (N,) adapter frames it had
 
@@ -101,9 +106,11 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> SoundwaveForConditionalGeneration:
         """Load a whole saved model, a stage directory (adapters and LoRA beside the names of the frozen parts), or a
-        released-format directory.
+        released-format directory; or a Hub repository that is one of these.
 
         Args:
+            name: directory or hub name; with a hub name `cache_dir`, `revision`, `local_files_only`, `force_download`
+                and `token` are heeded (for this repository; parts it names are looked up as usual).
             dtype: of all parameters ('bfloat16', torch.bfloat16, ...); 'auto' and None: as saved (a stage directory's
                 frozen parts as float32).
             attn_implementation: a name, or one a part: `{"audio_config": "eager", "text_config": "sdpa"}`.
@@ -111,23 +118,24 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
             kwargs: of a whole saved model, whatever `PreTrainedModel.from_pretrained` takes.
 
         Raises:
-            FileNotFoundError, OSError: the directory or one of the parts it names is missing.
+            FileNotFoundError, OSError: the directory, repository or one of the parts it names is missing.
             TypeError: an argument that only whole saved models take.
             ValueError: weights that do not fit the config.
         """
+        path = local_directory(name, kwargs)
         for known, load in (
             (checkpoint.is_stage_directory, checkpoint.from_stage_directory),
             (released_reading.is_released_directory, released_reading.from_released_directory),
         ):
-            if known(name):
-                return load(cls, Path(name), *args, **checkpoint.own_arguments(kwargs))
+            if known(path):
+                return load(cls, path, *args, **checkpoint.own_arguments(kwargs))
         with_language_model = kwargs.pop("with_language_model", None)
-        loaded = super().from_pretrained(name, *args, **kwargs)
+        loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if with_language_model is False:  # the embedding is saved inside the LLM: load both, keep the one
             model.token_embedding, model.language_model = model.get_input_embeddings(), None
         else:
-            checkpoint.load_lora(model, Path(name), as_saved=True)
+            checkpoint.load_lora(model, path, as_saved=True)
         return loaded
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -210,20 +218,27 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
         feature_lengths: Tensor | None = None,  # (N,)
         encoder_frames: Tensor | None = None,  # (N, T50, d_enc) instead, with frame_lengths
         frame_lengths: Tensor | None = None,
+        input_features_mask: Tensor | None = None,  # (N, M), 1 = counts; instead of feature_lengths
     ) -> Packed:  # .data (audio tokens in all, D), N segments
         """From log-mel (or encoder frames) to the audio tokens that take the placeholders' place."""
         if encoder_frames is None:
-            encoder_frames, frame_lengths = self.encode(input_features, feature_lengths)
+            lengths = count_mels(input_features, feature_lengths, input_features_mask)
+            encoder_frames, frame_lengths = self.encode(input_features, lengths)
         return self.shrink(self.hear(encoder_frames, frame_lengths))
 
     # -- the whole ---------------------------------------------------------------------------------------------
 
+    def get_placeholder_mask(self, input_ids: Tensor) -> Tensor:
+        """(B, L) bool: where an utterance's audio tokens go, however many they turn out to be."""
+        return input_ids == self.config.audio_token_id
+
     def _splice(self, input_ids, attention_mask, labels, audio: Packed, layout: str) -> Spliced:
-        placeholder = input_ids == self.config.audio_token_id
+        placeholder = self.get_placeholder_mask(input_ids)
         # the placeholder's id may lie past the embedding; its row is replaced anyway
         embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholder, 0))
         return splice(embeds, audio, placeholder, attention_mask, labels, layout=layout)
 
+    @can_return_tuple  # return_dict=False, or the config's: a tuple of what is not None
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, L) prompts (and answers), one placeholder an utterance
@@ -237,29 +252,59 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
         encoder_frames: Tensor | None = None,  # (N, T50, d_enc) instead of input_features, with frame_lengths
         frame_lengths: Tensor | None = None,
         packed: bool = False,  # the LLM sees the prompts end to end in one row, without padding
+        input_features_mask: Tensor | None = None,  # (N, M), 1 = counts; instead of feature_lengths
+        inputs_embeds: Tensor | None = None,  # (B, L, D) instead of input_ids; this and the next two without audio
+        position_ids: Tensor | None = None,  # (B, L)
+        past_key_values: Any = None,  # the LLM's cache of what came before
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> SoundwaveOutput:
         """Training step or scoring. Without `language_model` (stage 1) only the CTC loss is computed.
 
         Returns logits only where no `labels` are given: with labels, only positions that predict something are scored.
-        Without audio it is the LLM's own forward.
+        Nor does a training step keep the audio tokens alive: `audio_hidden_states` come without labels or gradients.
+        Without audio it is the LLM's own forward (with labels, no cache unless asked for).
+
+        Raises:
+            ValueError: arguments that do not go together, named. With audio, `inputs_embeds`, `position_ids` and
+                `past_key_values` make no sense: where the text stands is known only once the audio is heard. Nor does
+                `use_cache=True` but for one prompt: the ends of several do not line up (`generate` aligns them).
         """
-        if encoder_frames is None and input_features is None:
-            return self._read(SoundwaveOutput(), 0.0, labels, input_ids=input_ids, attention_mask=attention_mask)
-        if encoder_frames is None:
-            encoder_frames, frame_lengths = self.encode(input_features, feature_lengths)
+        reading = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        reading = {name: value for name, value in reading.items() if value is not None}
+        before = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "past_key_values": past_key_values}
         use_llm = self.language_model is not None
+        if encoder_frames is None and input_features is None:
+            if not use_llm:
+                raise ValueError("language_model: the model was loaded without it, and no audio is given")
+            if (input_ids is None) == (inputs_embeds is None):
+                raise ValueError("input_ids, inputs_embeds: exactly one of them must be given")
+            reading["use_cache"] = use_cache if labels is None else bool(use_cache)
+            return self._read({}, 0.0, labels, input_ids=input_ids, attention_mask=attention_mask, **before, **reading)
+        if wrong := [name for name, value in before.items() if value is not None]:
+            raise ValueError(f"{', '.join(wrong)}: cannot be given with audio, whose length only the model knows")
+        if use_llm and input_ids is None:
+            raise ValueError("input_ids: needed with audio, one placeholder an utterance")
+        if use_cache and use_llm and (packed or len(input_ids) > 1):
+            raise ValueError("use_cache: with audio, for one prompt alone and not packed; generate takes several")
+        if encoder_frames is None:
+            lengths = count_mels(input_features, feature_lengths, input_features_mask)
+            encoder_frames, frame_lengths = self.encode(input_features, lengths)
         heard = self.hear(
             encoder_frames, frame_lengths, ctc_targets, ctc_target_lengths, ctc_candidates, need_tokens=use_llm
         )
-        out = SoundwaveOutput(frame_lengths=heard.lengths)
+        out: dict[str, Any] = {"frame_lengths": heard.lengths}
         loss = 0.0
         if heard.ctc is not None:
-            out.ctc_sum, out.ctc_count = heard.ctc
+            out["ctc_sum"], out["ctc_count"] = heard.ctc
             weight = self.config.ctc_weight if use_llm else 1.0
-            loss = weight * out.ctc_sum / out.ctc_count.clamp_min(1)
+            loss = weight * out["ctc_sum"] / out["ctc_count"].clamp_min(1)
         if use_llm:
             audio = self.shrink(heard)
-            out.audio_lengths = audio.lengths
+            out["audio_lengths"] = audio.lengths
+            if labels is None or not torch.is_grad_enabled():
+                out["audio_hidden_states"] = audio.data
             # packed: no mask; positions that start anew tell every attention of transformers where a prompt begins
             spliced = self._splice(input_ids, attention_mask, labels, audio, "packed" if packed else "right")
             return self._read(
@@ -269,23 +314,22 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
                 inputs_embeds=spliced.inputs_embeds,
                 attention_mask=spliced.attention_mask,
                 position_ids=spliced.position_ids,
+                use_cache=bool(use_cache),
+                **reading,
             )
-        out.loss = loss if isinstance(loss, Tensor) else None
-        return out
+        return SoundwaveOutput(loss=loss if isinstance(loss, Tensor) else None, **out)
 
-    def _read(
-        self, out: SoundwaveOutput, loss: Tensor | float, labels: Tensor | None, **inputs: Tensor | None
-    ) -> SoundwaveOutput:
-        """The LLM over its inputs; logits, or without them the loss, go into `out`."""
+    def _read(self, out: dict[str, Any], loss: Tensor | float, labels: Tensor | None, **inputs: Any) -> SoundwaveOutput:
+        """The LLM over its inputs; logits, or without them the loss, beside what is in `out`."""
         llm = self.causal_lm
-        hidden = llm.model(**inputs, use_cache=False).last_hidden_state
+        read = llm.model(**inputs)
         if labels is None:
-            out.logits = llm.lm_head(hidden)
+            out["logits"] = llm.lm_head(read.last_hidden_state)
         else:
-            out.ce_sum, out.ce_count = next_token_loss(hidden, llm.lm_head, labels)
-            loss = loss + out.ce_sum / out.ce_count.clamp_min(1)
-        out.loss = loss if isinstance(loss, Tensor) else None
-        return out
+            out["ce_sum"], out["ce_count"] = next_token_loss(read.last_hidden_state, llm.lm_head, labels)
+            loss = loss + out["ce_sum"] / out["ce_count"].clamp_min(1)
+        out.update({name: read.get(name) for name in ("past_key_values", "hidden_states", "attentions")})
+        return SoundwaveOutput(loss=loss if isinstance(loss, Tensor) else None, **out)
 
     @property
     def frames_per_second(self) -> float:

@@ -13,6 +13,33 @@ MEL_PER_FRAME = 2  # conv2 has stride 2: 100 mel frames/s -> 50 encoder frames/s
 EDGE_MELS = 8
 
 
+def count_mels(
+    input_features: Tensor,  # (N, mels, M)
+    feature_lengths: Tensor | None = None,  # (N,)
+    input_features_mask: Tensor | None = None,  # (N, M), 1 on the frames that count, which come first
+) -> Tensor:  # (N,)
+    """Mel frames that count, of either way to say it.
+
+    Raises:
+        ValueError: both or neither given, a shape that does not fit, or (where values can be read without waiting for
+            an accelerator) a mask with frames that count behind one that does not.
+    """
+    if (feature_lengths is None) == (input_features_mask is None):
+        which = "neither is" if feature_lengths is None else "both are"
+        raise ValueError(f"feature_lengths, input_features_mask: one of them is needed with audio, {which} given")
+    N, M = input_features.shape[0], input_features.shape[-1]
+    if feature_lengths is not None:
+        if feature_lengths.shape != (N,):
+            raise ValueError(f"feature_lengths must be ({N},), got {tuple(feature_lengths.shape)}")
+        return feature_lengths
+    if input_features_mask.shape != (N, M):
+        raise ValueError(f"input_features_mask must be ({N}, {M}), got {tuple(input_features_mask.shape)}")
+    counts = input_features_mask != 0
+    if counts.device.type == "cpu" and not torch.compiler.is_compiling() and (counts[:, 1:] > counts[:, :-1]).any():
+        raise ValueError("input_features_mask must be 1 on the first frames of an utterance and 0 on the rest")
+    return counts.sum(-1)
+
+
 def encode_frames(
     encoder: WhisperEncoder,
     input_features: Tensor,  # (B, mels, M) log-mel, M <= 3000, zeros past each utterance's end

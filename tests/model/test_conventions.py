@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, GenerationConfig
 
 from soundwave_fast.model import SoundwaveConfig, SoundwaveForConditionalGeneration, SoundwaveProcessor, checkpoint
 from tests.model import tiny
@@ -38,8 +38,9 @@ def test_a_whole_model_is_loaded_bit_for_bit(tiny_parts, tmp_path, dtype, lora):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "lora" / "adapter_config.json").is_file() == lora
     assert not any("lora" in name or "base_layer" in name for name in load_file(tmp_path / "model.safetensors"))
-    for loader in (SoundwaveForConditionalGeneration, AutoModelForMultimodalLM):
+    for loader in (SoundwaveForConditionalGeneration, AutoModelForMultimodalLM, AutoModel):
         loaded = loader.from_pretrained(tmp_path).eval()
+        assert type(loaded) is SoundwaveForConditionalGeneration
         mine, theirs = state(model), state(loaded)
         assert mine.keys() == theirs.keys()
         assert all(mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine)
@@ -88,17 +89,20 @@ def test_auto_classes_read_a_stage_directory(tiny_parts, tmp_path):
     assert torch.equal(logits(loaded, processor), logits(model, processor))
     half = AutoModelForMultimodalLM.from_pretrained(tmp_path, dtype="bfloat16")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    padded = AutoModel.from_pretrained(tmp_path, encoder_pad="30s")
+    assert padded.config.encoder_pad == "30s", "an auto class puts settings into the config it passes on"
     with pytest.raises(TypeError, match="from_pretrained: no_such_argument cannot be given"):
         SoundwaveForConditionalGeneration.from_pretrained(tmp_path, no_such_argument=1)
 
 
+@pytest.mark.parametrize("loader", [SoundwaveForConditionalGeneration, AutoModelForMultimodalLM])
 @pytest.mark.parametrize("kind", ["whole", "stage"])
-def test_attention_is_chosen_part_by_part(tiny_parts, tmp_path, kind):
+def test_attention_is_chosen_part_by_part(tiny_parts, tmp_path, kind, loader):
     model, processor = tiny.make_model(tiny_parts)
     model.save_pretrained(tmp_path) if kind == "whole" else checkpoint.save_stage_directory(model, tmp_path)
     want = logits(model, processor)
     for choice in ("eager", {"audio_config": "eager", "text_config": "sdpa"}, {"text_config": "eager"}):
-        loaded = SoundwaveForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=choice).eval()
+        loaded = loader.from_pretrained(tmp_path, attn_implementation=choice).eval()
         chosen = [part.config._attn_implementation for part in (loaded.audio_tower, loaded.language_model)]
         by_part = choice if isinstance(choice, dict) else dict.fromkeys(("audio_config", "text_config"), choice)
         assert chosen == [by_part.get(key, "sdpa") for key in ("audio_config", "text_config")]

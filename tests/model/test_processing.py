@@ -80,6 +80,16 @@ def test_bad_audio(processor, wave, message):
         processor(text=processor.prompt("x"), audio=wave)
 
 
+def test_arguments_it_does_not_take(processor):
+    prompt, wave = processor.prompt("x"), tiny.make_wave(0, 1.0)
+    with pytest.raises(TypeError, match="no_such_argument"):
+        processor(text=prompt, audio=wave, no_such_argument=1)
+    for wrong in ("np", None):
+        with pytest.raises(ValueError, match=f"return_tensors: {wrong!r}; only 'pt' is made"):
+            processor(text=prompt, audio=wave, return_tensors=wrong)
+    assert set(processor(text=prompt, audio=wave, return_tensors="pt")) == set(processor(text=prompt, audio=wave))
+
+
 def test_log_mel_checks_by_itself(processor):
     with pytest.raises(ValueError, match="not finite"):
         processor.log_mel(np.full(16_000, np.nan, np.float32))

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 from soundwave_fast.model import SoundwaveConfig, SoundwaveForConditionalGeneration, SoundwaveProcessor, checkpoint
 from soundwave_fast.model.released import convert, read_released, write_released
@@ -158,6 +158,22 @@ def test_the_placeholder_is_found_in_the_tokenizer(theirs, tmp_path):
         read_released(tmp_path / "in")
 
 
+def test_keys_that_were_absent_stay_absent_unless_a_reader_needs_them(theirs, tiny_parts, tmp_path):
+    tensors, config, tokenizer = theirs
+    absent = ("audio_patch_token", "torch_dtype", "architectures", "audio_tower")
+    config = {key: value for key, value in config.items() if key not in absent}
+    authors.save(tmp_path / "in", tensors, config, tokenizer)
+    model = read_released(tmp_path / "in", audio_tower=tiny_parts.whisper)
+    processor = SoundwaveProcessor.from_pretrained(tmp_path / "in", audio_tower=tiny_parts.whisper)
+    placeholder = model.config.audio_token_id
+    for beside, more in ((processor, {}), (None, {"audio_patch_token": placeholder})):
+        out = tmp_path / f"out{len(more)}"
+        write_released(model, out, processor=beside)
+        want = {**config, "audio_tower": tiny_parts.whisper, **more}
+        assert json.loads((out / "config.json").read_text()) == want
+        assert read_released(out).config.audio_token_id == placeholder
+
+
 def test_damaged_files_are_named(theirs, tmp_path):
     whole = authors.save(tmp_path / "in", *theirs, shards=3)
     shard = whole / "model-00002-of-00003.safetensors"
@@ -196,6 +212,11 @@ def test_the_usual_classes_load_it(folder):
     want = read_released(folder)
     model = SoundwaveForConditionalGeneration.from_pretrained(folder, dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for auto in (AutoModel, AutoModelForMultimodalLM):
+        found = auto.from_pretrained(folder)
+        assert type(found) is SoundwaveForConditionalGeneration
+        same_tensors(dict(found.state_dict()), dict(want.state_dict()))
+        assert {p.dtype for p in auto.from_pretrained(folder, dtype="bfloat16").parameters()} == {torch.bfloat16}
     light = SoundwaveForConditionalGeneration.from_pretrained(folder, with_language_model=False)
     assert light.language_model is None
     embedding = want.get_input_embeddings().weight
@@ -203,6 +224,34 @@ def test_the_usual_classes_load_it(folder):
     assert isinstance(AutoProcessor.from_pretrained(folder), SoundwaveProcessor)
     assert AutoTokenizer.from_pretrained(folder).get_vocab()["<audio_patch>"] == want.config.audio_token_id
     assert AutoConfig.from_pretrained(folder).vocab_size == len(embedding)
+
+
+@pytest.mark.parametrize("loader", [SoundwaveForConditionalGeneration, AutoModelForMultimodalLM, read_released])
+def test_attention_is_chosen_part_by_part(folder, loader):
+    load = getattr(loader, "from_pretrained", loader)
+    processor = SoundwaveProcessor.from_pretrained(folder)
+    want = logits(read_released(folder), processor)
+    for choice in ("eager", {"audio_config": "eager", "text_config": "sdpa"}, {"text_config": "eager"}):
+        model = load(folder, attn_implementation=choice)
+        chosen = [part.config._attn_implementation for part in (model.audio_tower, model.language_model)]
+        by_part = choice if isinstance(choice, dict) else dict.fromkeys(("audio_config", "text_config"), choice)
+        assert chosen == [by_part.get(key, "sdpa") for key in ("audio_config", "text_config")]
+        torch.testing.assert_close(logits(model, processor), want, rtol=1e-4, atol=1e-4)
+
+
+def test_another_whisper_for_every_class(folder, tiny_parts, tmp_path):
+    """`audio_tower=` reaches the model and the processor, whoever loads them."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "audio_tower": "nowhere/at-all"}))
+    with pytest.raises(OSError, match="audio_tower nowhere/at-all cannot be loaded"):
+        SoundwaveProcessor.from_pretrained(folder)
+    given = {"audio_tower": tiny_parts.whisper}
+    for loader in (SoundwaveForConditionalGeneration, AutoModelForMultimodalLM, AutoModel):
+        assert loader.from_pretrained(folder, **given).config.audio_tower == tiny_parts.whisper
+    for loader in (SoundwaveProcessor, AutoProcessor):
+        assert loader.from_pretrained(folder, **given, trust_remote_code=False).encoder_pad == "30s"
+        with pytest.raises(TypeError, match="from_pretrained: no_such_argument cannot be given"):
+            loader.from_pretrained(folder, **given, no_such_argument=1)
 
 
 # -- convert -----------------------------------------------------------------------------------------------------
