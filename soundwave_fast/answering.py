@@ -113,13 +113,19 @@ def stream_answer(
 ) -> Iterator[str]:
     """`answer` piece by piece, as the LLM writes it; joined and stripped the pieces are its result.
 
-    Closing the iterator stops the LLM.
+    Closing the iterator stops the LLM, and so does any of the `stopping_criteria` among the options.
 
-    Raises:
-        FileNotFoundError, ValueError: as `answer`, at the first piece.
+    Raises (at the first piece):
+        FileNotFoundError, ValueError: as `answer`; a `streamer` among the options, this one has its own.
+        TypeError: `stopping_criteria` that are no list.
     """
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+    if options.get("streamer") is not None:
+        raise ValueError("streamer: the pieces come from stream_answer's own; answer takes another")
+    own = options.get("stopping_criteria")
+    if own is not None and not isinstance(own, (list, tuple)):
+        raise TypeError(f"stopping_criteria: a list of criteria, got {type(own).__name__}")
     need_llm(model)
     room = _room(model, processor, prompt, max_new_tokens)
     question = next(_whole(hear(model, processor, [audio], batch_size, window_seconds), room))
@@ -132,7 +138,7 @@ def stream_answer(
         return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device, dtype=torch.bool)
 
     def write() -> None:
-        criteria = StoppingCriteriaList([is_stopped])
+        criteria = StoppingCriteriaList([is_stopped, *(own or ())])
         extra = {**options, "streamer": streamer, "stopping_criteria": criteria}
         try:
             generate(model, processor, [question], prompt, max_new_tokens, extra)

@@ -83,20 +83,21 @@ def _checked(wave: np.ndarray, name: str) -> np.ndarray:
 
 
 def as_mono_16k(wave: np.ndarray, rate: int, name: str = "audio") -> np.ndarray:
-    """Resample a mono waveform (samples,) at `rate` Hz to 16 kHz and check it. Integers are scaled to +-1.
+    """Resample a mono waveform (samples,) at `rate` Hz to 16 kHz and check it.
+
+    Integers of 8, 16 or 32 bits are scaled to +-1; unsigned ones are offset binary, as in WAV and as sox and ffmpeg
+    read them: uint8 silence is 128.
 
     Raises:
+        TypeError: samples of another kind: bool, complex, 64-bit integers (their full scale is anybody's guess).
         ValueError: empty, more than one axis, not finite, beyond 2^31, or an impossible rate.
     """
-    wave = np.asarray(wave)
-    scale = 1.0 / -float(np.iinfo(wave.dtype).min) if np.issubdtype(wave.dtype, np.signedinteger) else None
-    wave = wave.astype(np.float32, copy=False)
-    wave = wave if scale is None else wave * np.float32(scale)
+    wave = _as_float32(np.asarray(wave), name)
     if wave.ndim != 1:
         raise ValueError(f"{name}: expected a mono waveform (samples,), got shape {wave.shape}")
     if not len(wave):
         raise ValueError(f"{name}: holds no samples")
-    if rate <= 0:
+    if not 0 < rate < np.inf:
         raise ValueError(f"{name}: sampling rate {rate} Hz")
     wave = _checked(wave, name)
     if rate != SAMPLE_RATE:
@@ -106,6 +107,18 @@ def as_mono_16k(wave: np.ndarray, rate: int, name: str = "audio") -> np.ndarray:
         if not len(wave):
             raise ValueError(f"{name}: holds no samples at 16 kHz")
     return wave
+
+
+def _as_float32(wave: np.ndarray, name: str) -> np.ndarray:
+    kind, size = wave.dtype.kind, wave.dtype.itemsize
+    if kind == "f":
+        return wave.astype(np.float32, copy=False)
+    if kind not in "iu" or size == 8:
+        raise TypeError(f"{name}: samples are floats or integers of 8, 16 or 32 bits, got {wave.dtype}")
+    half = 1 << (8 * size - 1)
+    if kind == "u":  # the top bit flipped, offset binary is two's complement: exact, without a wider integer
+        wave = (wave ^ wave.dtype.type(half)).view(f"i{size}")
+    return wave.astype(np.float32) * np.float32(1 / half)
 
 
 def is_silent(wave: np.ndarray) -> bool:

@@ -81,8 +81,9 @@ def _run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0; 1 when some files failed and the others went on; 2 for a mistake on the command line, or when no
-    file went well; 130 after Ctrl-C (what was finished is printed or written); 141 when nobody reads on.
+    """Exit code: 0; 1 when some files, or the picture of the peaks, failed and the rest went on; 2 for a mistake on the
+    command line, or when no file went well; 130 after Ctrl-C (what was finished is printed or written); 141 when nobody
+    reads on.
     """
     try:
         return _run(sys.argv[1:] if argv is None else argv)

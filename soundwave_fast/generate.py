@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from soundwave_fast import plots
 from soundwave_fast.answering import answer, answers, stream_answer
 from soundwave_fast.asking import Question, as_list, ask, need_llm, results
 from soundwave_fast.audio import MAX_SECONDS, SAMPLE_RATE, load_audio
 from soundwave_fast.hearing import Audio, HeardWindow, Unheard, hear
+from soundwave_fast.plots import MAX_PICTURE_SECONDS
 from soundwave_fast.words import Peak, Run, Word, group_words, time_words
 
 TRANSCRIBE = "Transcribe the audio."
-MAX_PICTURE_SECONDS = 120.0
 
 __all__ = ["Peak", "Transcript", "Word", "answer", "answers", "draw_peaks", "peaks", "stream_answer", "transcribe"]
 __all__ += ["transcribe_ctc", "transcripts", "words"]
@@ -148,50 +149,72 @@ def transcribe(
     return results((x if isinstance(x, Exception) else x.text for x in found), several)
 
 
-def _by_ctc(model: Any, processor: Any, audio: Audio | Sequence[Audio], batch_size: int) -> Any:
+def _by_ctc(model: Any, processor: Any, audio: Audio | Sequence[Audio], batch_size: int, window_seconds: float) -> Any:
     audios, several = as_list(audio)
-    return results(transcripts(model, processor, audios, batch_size=batch_size, llm=False), several)
+    settings = {"batch_size": batch_size, "window_seconds": window_seconds, "llm": False}
+    return results(transcripts(model, processor, audios, **settings), several)
 
 
-def transcribe_ctc(model: Any, processor: Any, audio: Audio | Sequence[Audio], batch_size: int = 8) -> str | list[str]:
-    """Greedy CTC transcript of one recording, or a list of those of a list: no LLM involved."""
-    found = _by_ctc(model, processor, audio, batch_size)
+def transcribe_ctc(
+    model: Any,
+    processor: Any,
+    audio: Audio | Sequence[Audio],
+    batch_size: int = 8,
+    window_seconds: float = MAX_SECONDS,
+) -> str | list[str]:
+    """Greedy CTC transcript of one recording, or a list of those of a list: no LLM involved.
+
+    `window_seconds` (5 to 30 s), here and below: the longest window, as `transcripts` takes it.
+    """
+    found = _by_ctc(model, processor, audio, batch_size, window_seconds)
     return [one.text for one in found] if isinstance(found, list) else found.text
 
 
-def peaks(model: Any, processor: Any, audio: Audio, batch_size: int = 8) -> list[Peak]:
+def peaks(
+    model: Any, processor: Any, audio: Audio, batch_size: int = 8, window_seconds: float = MAX_SECONDS
+) -> list[Peak]:
     """The frames the CTC head keeps in one recording of any length, blanks left out; times on a 40 ms grid."""
-    return _by_ctc(model, processor, audio, batch_size).peaks
+    return _by_ctc(model, processor, audio, batch_size, window_seconds).peaks
 
 
-def words(model: Any, processor: Any, audio: Audio, batch_size: int = 8) -> list[Word]:
+def words(
+    model: Any, processor: Any, audio: Audio, batch_size: int = 8, window_seconds: float = MAX_SECONDS
+) -> list[Word]:
     """The words of `transcribe_ctc` with their times, on a 40 ms grid; audio of any length.
 
     A word lasts from the frame in which CTC first says it to the end of its last token's run. CTC is late rather than
     early, and says a token in a frame or two: the end is when the head was through with a word, not the speaker.
     """
-    return _by_ctc(model, processor, audio, batch_size).words
+    return _by_ctc(model, processor, audio, batch_size, window_seconds).words
 
 
 # -- the picture ---------------------------------------------------------------------------------------------------
 
 
-def draw_peaks(model: Any, processor: Any, audio: Audio, path: str | Path, title: str = "") -> None:
+def draw_peaks(
+    model: Any,
+    processor: Any,
+    audio: Audio,
+    path: str | Path,
+    title: str = "",
+    batch_size: int = 8,
+    window_seconds: float = MAX_SECONDS,
+) -> None:
     """PNG or SVG of the log-mel spectrogram with the CTC peaks, their tokens, and the head's certainty below.
 
-    Rows of a few seconds each; at most 120 s.
+    The peaks are those of `peaks` with the same `window_seconds`. Rows of a few seconds each; at most 120 s.
 
     Raises:
-        ValueError: longer, empty or unreadable audio, or a kind of picture that cannot be drawn.
+        FileNotFoundError: no such recording, or no folder to draw into.
+        ValueError: longer, empty or unreadable audio, a kind of picture that cannot be drawn, arguments out of range.
     """
-    from soundwave_fast import plots
-
+    plots.check_target(path)
     wave = audio if isinstance(audio, np.ndarray) else load_audio(audio)
     seconds = len(wave) / SAMPLE_RATE
     if seconds > MAX_PICTURE_SECONDS:
         raise ValueError(f"audio: {seconds:.0f} s long, a picture of its peaks takes at most {MAX_PICTURE_SECONDS:.0f}")
     decode, step = processor.tokenizer.decode, 1 / model.frames_per_second
-    windows = list(hear(model, processor, [wave], for_llm=False))
+    windows = list(hear(model, processor, [wave], batch_size, window_seconds, for_llm=False))
     if isinstance(windows[0], Unheard):
         raise windows[0].error
     frames = max(window.start + len(window.certainty) for window in windows)

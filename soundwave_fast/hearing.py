@@ -111,7 +111,7 @@ def _read(audios: Iterable[Audio], seconds: float) -> Iterator[tuple[int, Window
         try:
             for window in read_windows(audio, seconds):
                 yield source, window
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:  # TypeError: an array of what is no audio
             yield source, error
 
 

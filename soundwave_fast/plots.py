@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+MAX_PICTURE_SECONDS = 120.0  # of the CTC peaks: 24 rows
 INK, GRID = "#222222", "#dddddd"
 BLUE, RED, GREEN = "#2b6cb0", "#c53030", "#2f855a"
 
@@ -23,6 +24,25 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **k
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=INK, labelsize=8)
     return figure, axes
+
+
+def check_target(path: str | Path) -> None:
+    """Whether a picture can be written to `path`, as far as can be told without drawing one.
+
+    Raises:
+        FileNotFoundError: its folder is not there.
+        ValueError: a suffix that is no kind of picture, or a folder of that name.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path, kinds = Path(path), FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in kinds:
+        kind = f"{path.suffix} is no kind of picture" if path.suffix else "its name has no suffix"
+        raise ValueError(f"{path}: {kind}; there are {', '.join(sorted(kinds))}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory")
 
 
 def save_figure(figure, path: str | Path) -> None:

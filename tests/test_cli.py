@@ -1,4 +1,4 @@
-"""`soundwave`: transcribe, chat, CTC alone, the picture of the peaks; what it says when something is wrong."""
+"""`soundwave`: transcribe, chat, CTC alone; what it says when something is wrong."""
 
 from __future__ import annotations
 
@@ -15,47 +15,12 @@ import pytest
 import soundfile
 import torch
 
-from soundwave_fast import cli
+from soundwave_fast import cli, generate
 from soundwave_fast.commands import speech
-from soundwave_fast.model import checkpoint
+from soundwave_fast.model import SoundwaveForConditionalGeneration, SoundwaveProcessor, checkpoint
 from tests.model import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def stage(tiny_parts, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("stage")
-    torch.manual_seed(1)  # the same random adapters, hence the same transcripts, whichever tests ran before
-    model, processor = tiny.make_model(tiny_parts)
-    checkpoint.save_stage_directory(tiny.add_lora(model), folder, processor)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def sounds(tmp_path_factory) -> dict[str, str]:
-    """One second as 16 kHz wav, 8 kHz stereo wav and flac; one of 35 s; one that is no audio."""
-    folder = tmp_path_factory.mktemp("sounds")
-    wave = tiny.make_wave(0, 1.0)
-    soundfile.write(folder / "a.wav", wave, 16_000)
-    soundfile.write(folder / "stereo.wav", np.stack([wave[::2], wave[::2]], 1), 8_000)
-    soundfile.write(folder / "a.flac", wave, 16_000)
-    soundfile.write(folder / "long.wav", tiny.make_wave(1, 35.0), 16_000)
-    (folder / "broken.wav").write_text("this is no audio")
-    return {path.name: str(path) for path in folder.iterdir()}
-
-
-@pytest.fixture
-def soundwave(stage, capsys):
-    """Run the command; (exit code, lines on stdout, lines on stderr)."""
-
-    def run(command: str, *arguments: str, model: str = stage):
-        capsys.readouterr()
-        code = cli.main([command, *arguments, "--model", model, "--max-new-tokens", "6"])
-        said = capsys.readouterr()
-        return code, said.out.splitlines(), said.err.splitlines()
-
-    return run
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "stereo.wav", "long.wav"])
@@ -121,41 +86,6 @@ def test_chat_goes_on_after_audio_too_long_for_the_context(tiny_parts, soundwave
     code, out, err = soundwave("chat", *names, "--prompt", "What is it?", model=str(folder))
     assert (code, len(out), len(err)) == (1, 1, 1) and out[0].startswith(sounds["a.wav"])
     assert err[0].startswith(f"soundwave: {sounds['long.wav']}: audio: ") and "context" in err[0]
-
-
-def test_peaks_png(soundwave, sounds, tmp_path):
-    target = tmp_path / "peaks.png"
-    code, out, err = soundwave("transcribe", sounds["a.wav"], "--ctc", "--peaks", str(target))
-    assert (code, len(out), err) == (0, 1, [])
-    assert target.read_bytes().startswith(b"\x89PNG") and [path.name for path in tmp_path.iterdir()] == ["peaks.png"]
-
-
-def test_peaks_of_a_long_file(soundwave, tmp_path):
-    wave = np.concatenate([tiny.make_wave(0, 3.0), np.zeros(29 * 16_000), tiny.make_wave(1, 1.0)])
-    soundfile.write(tmp_path / "long.wav", wave, 16_000)
-    code, _, err = soundwave("transcribe", str(tmp_path / "long.wav"), "--ctc", "--peaks", str(tmp_path / "p.png"))
-    assert (code, err) == (0, []) and (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_peaks_of_a_file_too_long_to_draw(soundwave, tmp_path):
-    soundfile.write(tmp_path / "l.wav", np.zeros(121 * 8_000, np.float32), 8_000)
-    code, _, err = soundwave("transcribe", str(tmp_path / "l.wav"), "--ctc", "--peaks", str(tmp_path / "p.png"))
-    assert code == 2 and len(err) == 1 and "121 s long" in err[0] and not (tmp_path / "p.png").exists()
-
-
-def test_peaks_takes_one_file(soundwave, sounds, tmp_path):
-    code, out, err = soundwave("transcribe", *[sounds["a.wav"]] * 2, "--peaks", str(tmp_path / "p.png"))
-    assert (code, out, err) == (2, [], ["soundwave: --peaks draws one file"])
-
-
-def test_peaks_into_a_folder_that_is_not_there(soundwave, sounds, tmp_path):
-    code, _, err = soundwave("transcribe", sounds["a.wav"], "--ctc", "--peaks", str(tmp_path / "no" / "p.png"))
-    assert code == 2 and len(err) == 1 and "p.png" in err[0]
-
-
-def test_peaks_of_a_kind_that_cannot_be_drawn(soundwave, sounds, tmp_path):
-    code, _, err = soundwave("transcribe", sounds["a.wav"], "--ctc", "--peaks", str(tmp_path / "p.xyz"))
-    assert code == 2 and len(err) == 1 and "xyz" in err[0]
 
 
 def test_a_missing_file(soundwave, sounds):
@@ -323,9 +253,17 @@ def test_no_gpu(soundwave, sounds):
     assert (code, out, len(err)) == (2, [], 1) and err[0].startswith("soundwave: --device cuda: ")
 
 
-def test_half_precision(soundwave, sounds):
-    code, out, err = soundwave("transcribe", sounds["a.wav"], "--dtype", "bfloat16", "--no-compile")
-    assert (code, len(out), err) == (0, 1, [])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(soundwave, stage, sounds, dtype):
+    arguments = ["transcribe", sounds["long.wav"], "--dtype", dtype, "--no-compile"]
+    code, out, err = soundwave(*arguments)
+    processor = SoundwaveProcessor.from_pretrained(stage)
+    model = SoundwaveForConditionalGeneration.from_pretrained(stage, dtype=getattr(torch, dtype)).eval()
+    settings = {"max_new_tokens": 6, "cache_implementation": "dynamic"}
+    text = generate.transcribe(model, processor, sounds["long.wav"], **settings)
+    assert (code, out, err) == (0, [text], []) and text
+    loaded, _ = speech._load(cli._parser().parse_args([*arguments, "--model", stage]))
+    assert {weight.dtype for weight in loaded.parameters()} == {getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize(("arguments", "compiled"), [(["--compile"], True), (["--no-compile"], False)])

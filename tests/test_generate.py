@@ -86,6 +86,23 @@ def test_options_reach_the_llm(paper, waves):
     assert static == greedy != beams
 
 
+def test_windows_of_the_ctc_functions(paper, waves):
+    """Those of `transcripts`: 12 s in one window, or cut into several of 5 s."""
+    model, processor = paper
+    seen = []
+    for window in ({}, {"window_seconds": 5.0}):
+        [whole] = generate.transcripts(model, processor, [waves[6]], llm=False, **window)
+        assert generate.transcribe_ctc(model, processor, waves[6], **window) == whole.text
+        assert generate.transcribe_ctc(model, processor, [waves[6]], **window) == [whole.text]
+        assert generate.words(model, processor, waves[6], **window) == whole.words
+        assert generate.peaks(model, processor, waves[6], **window) == whole.peaks
+        seen.append(whole)
+    assert seen[0].words != seen[1].words and seen[0].text != seen[1].text
+    for function in (generate.transcribe_ctc, generate.words, generate.peaks):
+        with pytest.raises(ValueError, match="window_seconds"):
+            function(model, processor, waves[0], window_seconds=31.0)
+
+
 # -- odd audio -----------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +155,9 @@ def test_clipped_loud_and_integer_audio(paper):
     assert generate.transcribe_ctc(model, processor, integers) == generate.transcribe_ctc(model, processor, scaled)
     with pytest.raises(ValueError, match="beyond"):
         generate.transcribe_ctc(model, processor, wave * 1e30)
+    wide = integers.astype(np.int64)  # of what full scale?
+    found = list(generate.transcripts(model, processor, [wide, wave], max_new_tokens=2))
+    assert isinstance(found[0], TypeError) and "int64" in str(found[0]) and found[1].text
 
 
 def test_ten_milliseconds(paper, tmp_path):
@@ -185,6 +205,38 @@ def test_a_stream_can_be_closed(paper, waves):
     count = len(steps)
     handle.remove()
     assert count < 1500
+
+
+def test_a_stream_keeps_the_callers_stopping_criteria(paper, waves):
+    from transformers import StoppingCriteriaList
+
+    model, processor = paper
+    settings = {"max_new_tokens": 24, "min_new_tokens": 24}
+    whole = generate.answer(model, processor, waves[2], "Why?", **settings)
+    seen: list[int] = []
+
+    def after_three(ids, scores, **_):
+        seen.append(ids.shape[1])
+        return torch.full((len(ids),), ids.shape[1] >= 3)
+
+    for criteria in ([after_three], StoppingCriteriaList([after_three])):
+        seen.clear()
+        options = {**settings, "stopping_criteria": criteria}
+        short = "".join(generate.stream_answer(model, processor, waves[2], "Why?", **options)).strip()
+        assert seen == [1, 2, 3] and whole.startswith(short) and short != whole
+    steps = []
+    handle = model.language_model.register_forward_hook(lambda *_: steps.append(1))
+    never = [lambda ids, scores, **_: torch.zeros(len(ids), dtype=torch.bool)]
+    options = {"max_new_tokens": 1500, "min_new_tokens": 1500, "stopping_criteria": never}
+    stream = generate.stream_answer(model, processor, waves[0], "Why?", **options)
+    next(stream)
+    stream.close()  # it still stops when nobody reads on
+    handle.remove()
+    assert len(steps) < 1500
+    with pytest.raises(TypeError, match="stopping_criteria: a list"):
+        next(generate.stream_answer(model, processor, waves[0], "Why?", stopping_criteria=after_three))
+    with pytest.raises(ValueError, match="streamer"):
+        next(generate.stream_answer(model, processor, waves[0], "Why?", streamer=object()))
 
 
 def test_a_stream_tells_what_went_wrong(paper, waves, tmp_path):

@@ -73,12 +73,15 @@ def read_item(item: Mapping) -> np.ndarray:
     """Mono 16 kHz waveform (samples,) of `{"type": "audio"}` with one of
 
     - `path`: a file libsndfile reads; `url`: such a file on the web, or a `file` URL;
-    - `audio` or `array`: a waveform (samples,) with `sampling_rate` in Hz (16 kHz if missing), or a tensor of one;
+    - `audio` or `array`: a waveform (samples,) with `sampling_rate` in Hz (16 kHz if missing or None), or a
+      tensor of one;
       `audio` may also be a path, a URL, or a mapping with any of these.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: none or several of them, a URL that cannot be fetched (offline: none can), audio that is no good.
+        ValueError: none or several of them, a URL that cannot be fetched (offline: none can), audio that is no good, a
+            sampling rate of 0.
+        TypeError: samples that are neither floats nor integers of 8, 16 or 32 bits.
     """
     given = [key for key in _SOURCES if item.get(key) is not None]
     if len(given) != 1:
@@ -89,7 +92,8 @@ def read_item(item: Mapping) -> np.ndarray:
     if isinstance(value, str) and (given[0] == "url" or value.split(":", 1)[0] in ("http", "https", "file")):
         return _fetch(value)
     if hasattr(value, "shape") or isinstance(value, (list, tuple)):
-        return as_mono_16k(np.asarray(value), item.get("sampling_rate") or SAMPLE_RATE)
+        rate = item.get("sampling_rate")
+        return as_mono_16k(np.asarray(value), SAMPLE_RATE if rate is None else rate)
     return load_audio(value)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from soundwave_fast.audio import SAMPLE_RATE, as_mono_16k, load_audio, windows
+from soundwave_fast.audio import SAMPLE_RATE, as_mono_16k, is_silent, load_audio, windows
 
 
 def tone(seconds: float, rate: int) -> np.ndarray:
@@ -37,6 +37,37 @@ def test_bad_files_are_named(tmp_path):
         load_audio(tmp_path / "gone.wav")
     with pytest.raises(ValueError, match="sampling rate 0 Hz"):
         as_mono_16k(tone(1, 16_000), 0)
+
+
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])
+def test_impossible_rates(rate):
+    with pytest.raises(ValueError, match="audio: sampling rate"):
+        as_mono_16k(tone(1, 16_000), rate)
+
+
+@pytest.mark.parametrize("kind", ["i1", "<i2", ">i2", "i4", "u1", "<u2", ">u2", "u4"])
+def test_integers_are_scaled(kind):
+    """Silence in the middle of the range, its ends -1 and just under 1; unsigned is offset binary."""
+    info = np.iinfo(kind)
+    middle = (int(info.min) + int(info.max) + 1) // 2
+    wave = as_mono_16k(np.array([info.min, middle, middle + (1 << info.bits - 2), info.max], kind), SAMPLE_RATE)
+    assert wave.dtype == np.float32
+    assert wave.tolist() == [-1.0, 0.0, 0.5, np.float32(1 - 2.0 ** (1 - info.bits))]
+    ramp = np.linspace(int(info.min), int(info.max), 999).astype(np.int64)
+    assert np.allclose(as_mono_16k(ramp.astype(kind), SAMPLE_RATE), (ramp - middle) / 2.0 ** (info.bits - 1), atol=1e-7)
+    assert is_silent(as_mono_16k(np.full(100, middle, kind), SAMPLE_RATE))
+
+
+def test_eight_bit_samples_are_what_libsndfile_reads(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(0.5, SAMPLE_RATE), SAMPLE_RATE, subtype="PCM_U8")
+    raw = np.frombuffer((tmp_path / "a.wav").read_bytes().split(b"data", 1)[1][4:], np.uint8)[: SAMPLE_RATE // 2]
+    assert np.array_equal(as_mono_16k(raw, SAMPLE_RATE), load_audio(tmp_path / "a.wav"))
+
+
+@pytest.mark.parametrize("kind", ["int64", "uint64", "bool", "complex64", "object", "str"])
+def test_what_is_no_sample(kind):
+    with pytest.raises(TypeError, match="audio: samples are floats or integers of 8, 16 or 32 bits, got"):
+        as_mono_16k(np.ones(100).astype(kind), SAMPLE_RATE)
 
 
 def test_windows_lose_nothing_and_cut_where_it_is_quiet():

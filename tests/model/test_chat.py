@@ -72,13 +72,26 @@ def sources(speech_dir):
         "array": audio(array=wave, sampling_rate=rate),
         "audio": audio(audio=wave, sampling_rate=rate),
         "no rate": audio(audio=wave),
+        "rate None": audio(audio=wave, sampling_rate=None),
         "tensor": audio(audio=torch.from_numpy(wave)),
         "list": audio(audio=wave.tolist()),
         "mapping": audio(audio={"array": wave, "sampling_rate": rate, "path": None}),
     }
 
 
-KINDS = ("path", "audio path", "pathlib", "file url", "array", "audio", "no rate", "tensor", "list", "mapping")
+KINDS = (
+    "path",
+    "audio path",
+    "pathlib",
+    "file url",
+    "array",
+    "audio",
+    "no rate",
+    "rate None",
+    "tensor",
+    "list",
+    "mapping",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,13 +148,16 @@ def test_a_url_is_fetched_online_and_refused_offline(processor, speech_dir, serv
         (ask(audio(url="ftp://host/a.wav")), "ftp://host/a.wav is no http, https or file URL"),
         (ask(audio(path="nowhere.wav")), "nowhere.wav: no such audio file"),
         (ask(audio(audio=np.zeros(0, np.float32))), "holds no samples"),
+        (ask(audio(audio=np.zeros(9, np.float32), sampling_rate=0)), "audio: sampling rate 0 Hz"),
+        (ask(audio(audio={"array": np.zeros(9, np.float32), "sampling_rate": 0})), "audio: sampling rate 0 Hz"),
+        (ask(audio(audio=[0, 1, 2])), "audio: samples are floats or integers of 8, 16 or 32 bits, got int64"),
         (ask(audio(path="a.wav"), text("a <audio_patch>")), "<audio_patch> in the text of a message"),
         (["hello"], "a message has 'role' and 'content', got 'hello'"),
         ([{"role": "user"}], "a message has 'role' and 'content'"),
     ],
 )
 def test_what_is_refused(processor, conversation, message):
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
+    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as error:
         processor.apply_chat_template([conversation], tokenize=True, return_dict=True)
     assert message in str(error.value)
 
