@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Step = Callable[[], tuple]
-Sizes = dict[str, int]
+Sizes = dict[str, int]  # beside them "backend": str
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,21 @@ def backward(fill: Fill, **shape: int) -> Step:
     grad = fill.normal(*q.shape, dtype=q.dtype)
     out, lse = kernels.forward(q, k, v, *common, True)
     return lambda: kernels.backward(grad, q, k, v, out, lse, *common, True, True)
+
+
+def attention(fill: Fill, **shape: int) -> Step:
+    """The op as its callers have it, both ways, on whatever backend the table names."""
+    from soundwave_fast.ops import varlen_cross_attention
+
+    _, q, k, v, common = _attention(fill, **shape)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    grad = fill.normal(*q.shape, dtype=q.dtype)
+
+    def step() -> tuple:
+        out = varlen_cross_attention(*leaves, *common[:4])
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    return step
 
 
 # -- CTC -----------------------------------------------------------------------------------------------------------
@@ -238,6 +253,11 @@ TUNABLES = (
         "attention keys", "attention backward, dK and dV of many queries", backward,
         {**_ATTENTION, "Lq": 375}, {**_TINY_ATTENTION, "Lq": 140},
         grid(BLOCK_M=(32, 64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2)), 2e-2,
+    ),
+    # after the kernels' own sizes; a backend that is not installed is ours again, and gains nothing
+    Tunable(
+        "attention", "attention, backends", attention, _ATTENTION, _TINY_ATTENTION,
+        tuple({"backend": name} for name in ("varlen_attn", "flash_attn", "xformers")), 2e-2, compiles=False,
     ),
     *(
         Tunable(

@@ -3,9 +3,10 @@
 `python -m bench.tune [--only NAME ...] [--out DIR] [--table FILE] [--minutes M] [--dry-run]`. Every candidate is first
 compiled in parallel processes, which drops those that spill or need more shared memory than there is and fills
 Triton's cache; then its result is compared with the default's; then all are timed in turns. The best goes into the
-table where it beats the default by more than 3 % in each of two repeats, else the default stays. DIR/tune.json holds
-all times after every launcher, and the same command goes on from there. `--dry-run` does all of it on a CPU, with
-Triton's interpreter, tiny shapes and one candidate each; its table is DIR/tuned.json.
+table where it beats the default by more than 3 % in each of two repeats, else the default stays. "attention" is tried
+on other backends, of which those that are not installed run as the default. DIR/tune.json holds all times after every
+launcher, and the same command goes on from there. `--dry-run` does all of it on a CPU, with Triton's interpreter, tiny
+shapes and one candidate each; its table is DIR/tuned.json.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Sizes that were measured to be the fastest on a chip, from tuned.json; launchers pass the default they stand with.
 
-The table maps chip -> kernel -> key -> {name: number}; bench/tune.py writes it. It is read once and fixed from then on:
-what autotuning picks while it runs may differ from run to run and from rank to rank, and the last bits with it. An
-entry that does not compile, or asks for more than the chip has, is dropped with a warning and the default runs.
+The table maps chip -> kernel -> key -> {name: number}; bench/tune.py writes it. {"backend": name} says which of several
+implementations is the fastest (`choice`). It is read once and fixed from then on: what autotuning picks while it runs
+may differ from run to run and from rank to rank, and the last bits with it. An entry that does not compile, or asks for
+more than the chip has, is dropped with a warning and the default runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton
 from csrc_triton.launch import INTERPRETED, chip
 
 PATH = Path(__file__).with_name("tuned.json")
-Sizes = dict[str, int]
+Sizes = dict[str, int]  # beside them "backend": str
 Table = dict[str, dict[str, Sizes]]  # kernel -> key -> sizes
 
 _forced: Table | None = None
@@ -31,6 +32,12 @@ def sizes(kernel: str, key: str, **default: int) -> Sizes:
     """`default`, with the numbers that the table has for this chip, kernel and key in place of its own."""
     entry = _entry(kernel, key)
     return default if entry is None else {name: entry.get(name, value) for name, value in default.items()}
+
+
+def choice(op: str, key: str, default: str) -> str:
+    """The backend that the table names for this chip, op and key; whether it is there is for the caller to see."""
+    entry = _entry(op, key)
+    return default if entry is None else str(entry.get("backend", default))
 
 
 def launch(kernel: str, key: str, default: Sizes, start: Callable[..., None]) -> None:
@@ -105,7 +112,10 @@ def _tables() -> dict[str, Table]:
 
 
 def check(tables: object) -> None:
-    """Raises ValueError, naming the place, unless this is chip -> kernel -> key -> {name: positive int}."""
+    """Raises ValueError, naming the place, unless this is chip -> kernel -> key -> {name: positive int}.
+
+    "backend" alone holds a name instead.
+    """
 
     def mapping(x: object, where: str) -> dict:
         if not isinstance(x, dict):
@@ -116,5 +126,8 @@ def check(tables: object) -> None:
         for kernel, entries in mapping(table, name).items():
             for key, entry in mapping(entries, f"{name}, {kernel}").items():
                 for size, number in mapping(entry, f"{name}, {kernel}, {key}").items():
-                    if type(number) is not int or number < 1:
+                    if size == "backend":
+                        if not isinstance(number, str):
+                            raise ValueError(f"{name}, {kernel}, {key}: backend must be a name, got {number!r}")
+                    elif type(number) is not int or number < 1:
                         raise ValueError(f"{name}, {kernel}, {key}: {size} must be a positive int, got {number!r}")

@@ -189,7 +189,10 @@ def _rows_kernel(
     if LAYOUT != 2:
         tl.store(p_mask + o_n, there.to(p_mask.dtype.element_ty), mask=m_n)
     if HAS_LABELS:
-        label = tl.load(p_labels + b * stride_label_b + at * stride_label_l, mask=from_text, other=IGNORE)
+        m_label = from_text
+        if LAYOUT == 2:  # the row before a prompt's first is another prompt's
+            m_label = from_text & (within > 0)
+        label = tl.load(p_labels + b * stride_label_b + at * stride_label_l, mask=m_label, other=IGNORE)
         tl.store(p_new_labels + o_n, label, mask=m_n)
     p_text += (b * stride_text_b + at * stride_text_l)[:, None]
     p_audio += (n * stride_audio_n)[:, None]
@@ -218,7 +221,8 @@ def splice_rows(
     """Embeddings (B, M, D), mask (B, M), position ids (B, M), labels (B, M), cu_seqlens (B + 1,) int32: one launch.
 
     Packed, they have one row of M. What does not fit into M is left out, at the end or, on the left layout, at the
-    beginning; cu_seqlens counts what is there.
+    beginning; cu_seqlens counts what is there. Packed, the first label of every prompt becomes -100: the row before it
+    is another prompt's.
     """
     B, L, D = text_BLD.shape
     shape = (1 if layout == "packed" else B, length)

@@ -39,7 +39,8 @@ def module(backend: str) -> ModuleType:
 def choose(backend: str, q: Tensor, dropout_p: float) -> str:
     """The backend that will run for queries like q: `backend` itself, or what "auto" stands for.
 
-    "auto" is "triton" on a GPU for half and single precision and heads up to 128, else "torch".
+    "auto" on a GPU is, for half and single precision and heads up to 128, the backend that csrc_triton/tuned.json names
+    for the chip, element size and head width, where it can run; "triton" without one. Elsewhere it is "torch".
 
     Raises ValueError, naming the backend, when it is unknown, not installed or cannot do this.
     """
@@ -47,7 +48,12 @@ def choose(backend: str, q: Tensor, dropout_p: float) -> str:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     fits = q.dtype in _SINGLE and q.shape[2] <= WIDEST_HEAD
     if backend == "auto":
-        return "triton" if runs_triton(q) and fits else "torch"
+        if not (runs_triton(q) and fits):
+            return "torch"
+        # numbers alone: under torch.compile _measured runs while tracing, and what it says is part of the graph
+        name = _measured(q.dtype.itemsize, 128 if q.shape[2] > 64 else 64)
+        runs = q.is_cuda and q.dtype in _DTYPES.get(name, ()) and not (name == "varlen_attn" and dropout_p)
+        return name if runs else "triton"
     if backend == "torch":
         return backend
     if not (q.is_cuda or (backend == "triton" and runs_triton(q))):
@@ -65,6 +71,24 @@ def choose(backend: str, q: Tensor, dropout_p: float) -> str:
     except ImportError as error:
         raise ValueError(f"backend {backend!r} is not available: {error}") from error
     return backend
+
+
+def _measured(itemsize: int, d: int) -> str:
+    """The backend that tuned.json names for this chip and class of shapes; "triton" where none, or not installed."""
+    from csrc_triton import tuning
+
+    name = tuning.choice("attention", f"bytes {itemsize}, d {d}", "triton")
+    if name not in _DTYPES:
+        return "triton"
+    try:
+        module(name)
+    except ImportError:
+        return "triton"
+    return name
+
+
+# torch.compiler.assume_constant_result, which would import the compiler, and Triton with it, for this one line
+_measured._dynamo_marked_constant = True
 
 
 def call_peer(

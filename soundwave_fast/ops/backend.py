@@ -48,7 +48,7 @@ def implementation(op: str, x: Tensor) -> ModuleType:
     return importlib.import_module(f"{package}.{op}")
 
 
-def refuse_dtensor(op: str, **tensors: Tensor | None) -> None:
+def refuse_dtensor(op: str, **tensors: object) -> None:
     """TypeError, with the remedy, if an argument is a DTensor: the op would see a shard and take it for the whole.
 
     The class is told by its name, since importing torch.distributed.tensor costs as much as all of ours.

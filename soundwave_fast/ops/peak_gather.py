@@ -39,7 +39,8 @@ def ctc_peaks(
     capacity says so; lengths outside 0..T count as the nearer of the two.
 
     Raises ValueError for shapes, lengths outside 0..T or a capacity that is too small (values are checked on the CPU,
-    under torch.compile too), TypeError for tokens that are not integers or scores that are not floating point.
+    under torch.compile too), TypeError for tokens that are not integers, scores that are not floating point and
+    DTensors.
     """
     lengths_B = _check("ctc_peaks", tokens, lengths, blank, drop_blank, select, scores)
     if capacity is None:
@@ -70,7 +71,7 @@ def peak_gather(
     Differentiable through features: backward writes every row once, kept rows their gradient and others 0.
     Errors as in ctc_peaks, and ValueError when features do not go with tokens.
     """
-    refuse_dtensor("peak_gather", features=features)
+    refuse_dtensor("peak_gather", features=features, tokens=tokens)
     if features.dim() != 3 or features.shape[:2] != tokens.shape:
         raise ValueError(f"features must be (B, T, D) with (B, T) = {tuple(tokens.shape)}, got {tuple(features.shape)}")
     if features.device != tokens.device:
@@ -93,7 +94,7 @@ def _check(
     scores: Tensor | None,
 ) -> Tensor | None:
     """Raises what the public ops promise; lengths as a tensor on tokens' device, or None."""
-    refuse_dtensor(op, tokens=tokens, scores=scores)
+    refuse_dtensor(op, tokens=tokens, lengths=lengths, scores=scores)
     if tokens.dim() != 2:
         raise ValueError(f"tokens must be (B, T), got {tuple(tokens.shape)}")
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
@@ -111,6 +112,8 @@ def _check(
     if lengths is None:
         return None
     lengths_B = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor) and not len(lengths):
+        lengths_B = lengths_B.long()  # torch takes an empty list for floating point
     if lengths_B.shape != tokens.shape[:1]:
         raise ValueError(f"lengths must be ({tokens.shape[0]},), got {tuple(lengths_B.shape)}")
     if lengths_B.is_floating_point() or lengths_B.is_complex() or lengths_B.dtype == torch.bool:

@@ -14,6 +14,7 @@ from soundwave_fast.ops.backend import implementation, refuse_dtensor, shortcut
 from soundwave_fast.packed import Packed
 
 _LAYOUTS = ("right", "left", "packed")
+_NAMED = 8  # rows that an error names
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -24,9 +25,10 @@ class Spliced:
     inputs_embeds: Tensor  # (B, M, D)
     attention_mask: Tensor | None  # (B, M), attention_mask's dtype or int64; None when packed
     position_ids: Tensor  # (B, M) int64, from 0 within each prompt, 0 on padding
-    labels: Tensor | None  # (B, M), -100 on audio and padding
+    labels: Tensor | None  # (B, M), -100 on audio and padding; packed, on the first row of every prompt too
     cu_seqlens: Tensor  # (B + 1,) int32 offsets of the spliced prompts without their padding
     lengths: Tensor  # (B,) int32, equal to cu_seqlens.diff() unless overflowed
+    max_len: int  # the longest length, for varlen attention; a bound on it, max_length, where that was given
 
     def overflowed(self) -> Tensor:
         """() bool on the device: whether max_length was too small for a prompt, so that rows are missing. No sync."""
@@ -45,7 +47,8 @@ def splice(
     """Replace the i-th placeholder, in row-major order, by the i-th segment of audio, which may be empty.
 
     layout says where padding goes: "right" for training, "left" for generation, "packed" for none at all, one row
-    whose position_ids restart and whose cu_seqlens bound the prompts. A prompt may hold any number of placeholders.
+    whose position_ids restart and whose cu_seqlens bound the prompts; the first label of every prompt is -100 there, so
+    that shifting labels over the row scores what it would with padding. A prompt may hold any number of placeholders.
     Audio rows are cast to text_embeds' dtype; rows of audio past its cu_seqlens[-1] are not read. Gradients reach
     audio.data and text_embeds; backward writes every row of either once.
 
@@ -55,19 +58,21 @@ def splice(
     beginning on the left layout), which `Spliced.overflowed()` tells.
 
     Raises ValueError for shapes that disagree, an unknown layout, a number of placeholders other than the number of
-    segments or a placeholder outside attention_mask (naming the row), or a max_length that is too small (values are
-    checked on the CPU, under torch.compile too); TypeError for dtypes.
+    segments or a placeholder outside attention_mask (naming the rows), or a max_length that is too small (values are
+    checked on the CPU, under torch.compile too); TypeError for dtypes and DTensors.
     """
     _check(text_embeds, audio, placeholder_mask, attention_mask, labels, layout, max_length)
-    embeds, mask, position_ids, new_labels, cu_seqlens, lengths, *_ = _run(
+    embeds, mask, position_ids, new_labels, longest, cu_seqlens, lengths, *_ = _run(
         text_embeds, audio.data, audio.cu_seqlens, placeholder_mask, attention_mask, labels, layout, max_length
     )
     mask = None if layout == "packed" else mask
-    return Spliced(embeds, mask, position_ids, None if labels is None else new_labels, cu_seqlens, lengths)
+    new_labels = None if labels is None else new_labels
+    return Spliced(embeds, mask, position_ids, new_labels, cu_seqlens, lengths, longest.shape[0])
 
 
 def _check(text_embeds, audio, placeholder_mask, attention_mask, labels, layout, max_length) -> None:
-    refuse_dtensor("splice", text_embeds=text_embeds, audio=audio.data)
+    refuse_dtensor("splice", text_embeds=text_embeds, audio=audio.data, placeholder_mask=placeholder_mask)
+    refuse_dtensor("splice", attention_mask=attention_mask, labels=labels, **{"audio.cu_seqlens": audio.cu_seqlens})
     if layout not in _LAYOUTS:
         raise ValueError(f"layout must be 'right', 'left' or 'packed', got {layout!r}")
     if text_embeds.dim() != 3:
@@ -98,16 +103,27 @@ def _check_values(report: list[list[int]], segments: int, needed: int, max_lengt
         if wrong:
             raise ValueError(f"placeholder_mask marks a position of row {b} that attention_mask calls padding")
     if sum(placeholders) != segments:
-        rows = list(enumerate(placeholders))
-        where = ""
-        if segments == len(rows):  # one segment a prompt is what was meant: the odd rows can be named
-            where, rows = "with one segment per prompt, ", [(b, n) for b, n in rows if n != 1]
-        where += ", ".join(f"row {b} has {n}" for b, n in rows[:8])
         raise ValueError(
-            f"placeholder_mask holds {sum(placeholders)} placeholders, but audio holds {segments} segments; {where}"
+            f"placeholder_mask holds {sum(placeholders)} placeholders, but audio holds {segments} segments; "
+            f"{_odd_rows(placeholders, segments)}"
         )
     if max_length is not None and needed > max_length:
         raise ValueError(f"max_length is {max_length}, but {needed} positions are needed")
+
+
+def _odd_rows(placeholders: list[int], segments: int) -> str:
+    """Which rows have another number of placeholders than was meant: as many each as there are segments, or as most."""
+    if not placeholders:
+        return "there are no rows"
+    each, rest = divmod(segments, len(placeholders))
+    start = f"with {each} a row, "
+    if rest:  # no number each would do: what most rows have is all there is to go by
+        each = max(sorted(set(placeholders)), key=placeholders.count)
+        start = f"most rows have {each}, "
+    odd = [f"row {b} has {n}" for b, n in enumerate(placeholders) if n != each]
+    if not odd:
+        return f"every row has {each}"
+    return start + ", ".join(odd[:_NAMED]) + (f" and {len(odd) - _NAMED} rows more differ" if len(odd) > _NAMED else "")
 
 
 @torch.library.custom_op("soundwave_fast::splice", mutates_args=())
@@ -120,16 +136,20 @@ def _splice(
     labels: Tensor | None,
     layout: str,
     max_length: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Spliced's fields in order (mask and labels empty where it has none), then ends, segment and home of the plan."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Embeddings, mask, position ids, labels (mask and labels empty where there are none), an empty tensor as long as
+    the longest prompt can be, offsets, lengths; then ends, segment and home of the plan.
+    """
     ops = implementation("splice", text_embeds)
     ends, segment, home, report = ops.plan_splice(placeholder_mask, attention_mask, audio_cu_seqlens)
-    length = max_length
+    length = longest = max_length
     if length is None or report.device.type == "cpu":
         host = report.tolist()  # the one copy to the host: it sizes the output, and carries the checks
-        needed = sum(host[0]) if layout == "packed" else max(host[0], default=0)
+        most = max(host[0], default=0)
+        needed = sum(host[0]) if layout == "packed" else most
         _check_values(host, audio_cu_seqlens.numel() - 1, needed, max_length)
-        length = needed if length is None else length
+        if max_length is None:
+            length, longest = needed, most
     mask_dtype = None if layout == "packed" else torch.int64 if attention_mask is None else attention_mask.dtype
     lengths = report[0]
     embeds, mask, position_ids, new_labels, cu_seqlens = ops.splice_rows(
@@ -137,13 +157,14 @@ def _splice(
     )
     mask = position_ids.new_empty(0) if mask is None else mask
     new_labels = position_ids.new_empty(0) if new_labels is None else new_labels
-    return embeds, mask, position_ids, new_labels, cu_seqlens, lengths, ends, segment, home
+    return embeds, mask, position_ids, new_labels, torch.empty(longest, 0), cu_seqlens, lengths, ends, segment, home
 
 
 @_splice.register_fake
 def _(text_embeds, audio, audio_cu_seqlens, placeholder_mask, attention_mask, labels, layout, max_length):
     B, L, D = text_embeds.shape
     length = torch.library.get_ctx().new_dynamic_size() if max_length is None else max_length
+    longest = torch.library.get_ctx().new_dynamic_size() if max_length is None and layout == "packed" else length
     rows = 1 if layout == "packed" else B
     x = text_embeds
     mask_dtype = torch.int64 if attention_mask is None else attention_mask.dtype
@@ -152,6 +173,7 @@ def _(text_embeds, audio, audio_cu_seqlens, placeholder_mask, attention_mask, la
         x.new_empty(0, dtype=torch.int64) if layout == "packed" else x.new_empty(B, length, dtype=mask_dtype),
         x.new_empty(rows, length, dtype=torch.int64),
         x.new_empty(0, dtype=torch.int64) if labels is None else labels.new_empty(rows, length),
+        torch.empty(longest, 0),
         x.new_empty(B + 1, dtype=torch.int32),
         x.new_empty(B, dtype=torch.int32),
         x.new_empty(B, L, dtype=torch.int32),

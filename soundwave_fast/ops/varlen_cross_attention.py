@@ -38,10 +38,10 @@ def varlen_cross_attention(
     dropout_p applies to the attention weights whenever it is above 0: pass 0 when evaluating. The op draws one seed
     from torch's generator, and backward draws the same mask again: each backend has its own mask of the same law.
 
-    backend: "auto" (Triton on a GPU, torch elsewhere), "triton" (d <= 128), "torch", or a peer where installed, on a
-    GPU: "varlen_attn" (torch's own; half precision, no dropout), "flash_attn" (half precision), "xformers". Rules for
-    empty rows hold for all. Peers are as differentiable, compilable and deterministic as they are; xformers alone
-    copies the offsets to the host.
+    backend: "auto" (on a GPU Triton, or what csrc_triton/tuned.json names for the chip and is installed; elsewhere
+    torch), "triton" (d <= 128), "torch", or a peer where installed, on a GPU: "varlen_attn" (torch's own; half
+    precision, no dropout), "flash_attn" (half precision), "xformers". Rules for empty rows hold for all. Peers are as
+    differentiable, compilable and deterministic as they are; xformers alone copies the offsets to the host.
 
     Raises ValueError for shapes, devices, dropout_p, a backend that cannot run, or offsets that do not rise from 0 to
     at most the number of rows or are wider than max_seqlen (values are checked on the CPU, under torch.compile too);
@@ -62,7 +62,7 @@ def varlen_cross_attention(
 
 
 def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p) -> None:
-    refuse_dtensor("varlen_cross_attention", q=q, k=k, v=v)
+    refuse_dtensor("varlen_cross_attention", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
             raise ValueError(f"{name} must be (rows, heads, d), got {tuple(x.shape)}")

@@ -97,6 +97,27 @@ def test_all_blank_yields_one_token_and_other_utterances_are_not_touched():
         torch.testing.assert_close(single.data, alone, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kwargs", [*CASES, {"look_back": False}], ids=str)
+def test_utterances_of_nothing(kwargs):
+    """One of length 0 yields no token and takes nothing from the others; a batch of nothing else has gradients of 0."""
+    adapter = make(adapter_dropout=0.0, **kwargs)
+    hidden, tokens, lengths = batch()
+    want = adapter(hidden, tokens, lengths)
+    empty = torch.tensor([12, 0, 9, 1])
+    hidden[1] = float("nan")
+    hidden.requires_grad_()
+    got = adapter(hidden, tokens, empty)
+    assert got.lengths.tolist() == [want.lengths[0], 0, *want.lengths[2:].tolist()]
+    kept = torch.cat([x for b, x in enumerate(want.unbind()) if b != 1])
+    torch.testing.assert_close(got.data, kept, rtol=1e-12, atol=1e-12)
+    (grad,) = torch.autograd.grad(got.data.sum(), hidden)
+    assert grad.isfinite().all() and grad[1].eq(0).all() and grad[0].ne(0).any()
+    nothing = adapter(hidden, tokens, torch.zeros(4, dtype=torch.long))
+    assert nothing.data.shape == (0, D) and nothing.lengths.tolist() == [0] * 4 and nothing.max_len == 0
+    grads = torch.autograd.grad(nothing.data.sum(), [hidden, *adapter.parameters()], allow_unused=True)
+    assert all(g is None or g.eq(0).all() for g in grads) and grads[0] is not None
+
+
 def test_peak_takes_the_surest_frame():
     adapter = make(peak_select="peak", look_back=False)
     hidden = torch.randn(1, 4, D, dtype=torch.float64)

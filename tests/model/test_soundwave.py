@@ -31,6 +31,17 @@ def prompts_and_audio(processor, numbers=(0, 1, 2)):
     return processor(text=[processor.prompt(PROMPTS[i]) for i in numbers], audio=waves)
 
 
+def test_packed_prompts_that_begin_with_text_are_scored_as_padded_ones(fresh):
+    """No prompt's first token is predicted by the prompt before it."""
+    model, processor = fresh
+    inputs = tiny.training_inputs(processor)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    assert (inputs["input_ids"][:, 0] != model.config.audio_token_id).all()
+    padded, packed = (model.eval()(**inputs, packed=packed) for packed in (False, True))
+    assert padded.ce_count == packed.ce_count
+    torch.testing.assert_close(packed.ce_sum, padded.ce_sum, rtol=1e-4, atol=0)
+
+
 def test_loss_is_the_weighted_mean_of_its_sums(pair):
     model, processor = pair
     inputs = tiny.training_inputs(processor)

@@ -8,6 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class DTensor(torch.Tensor):
+    """What the ops know a distributed tensor by: its class's name."""
+
+
 class TorchOps(TorchDispatchMode):
     """`with TorchOps() as seen`: seen.names are the torch operators run inside, allocations and views left out."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from soundwave_fast.ops import attention_backends, reference, varlen_cross_attention
+from soundwave_fast.ops.backend import use_backend
 from tests.ops.backends import DEVICE
 from tests.ops.numerics import BACKWARD, FORWARD, assert_within_budget
 from tests.ops.test_varlen_cross_attention import good, gradients, loop, make, offsets, run
@@ -133,6 +134,48 @@ def test_choice(monkeypatch):
     monkeypatch.setattr(attention_backends, "module", missing)
     with pytest.raises(ValueError, match="backend 'xformers' is not available: No module named xformers"):
         attention_backends.choose("xformers", gpu, 0.0)
+
+
+def test_auto_reads_the_table(monkeypatch):
+    """A backend that was measured to be the fastest is what "auto" stands for, where it is there and takes the call."""
+    from csrc_triton import tuning
+
+    gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(2, 2, 96), device="cuda")
+    installed = {"triton", "varlen_attn", "flash_attn"}
+
+    def module(backend):
+        if backend not in installed:
+            raise ImportError(backend)
+
+    def chosen(entry, dropout_p=0.0, **change):
+        like = types.SimpleNamespace(**{**vars(gpu), **change})
+        with tuning.use_table({"attention": {"bytes 2, d 128": entry, "bytes 2, d 64": {"backend": "varlen_attn"}}}):
+            return attention_backends.choose("auto", like, dropout_p)
+
+    monkeypatch.setattr(attention_backends, "module", module)
+    assert chosen({"backend": "flash_attn"}) == "flash_attn"
+    assert chosen({"backend": "flash_attn"}, shape=(2, 2, 64)) == "varlen_attn"
+    assert chosen({"backend": "flash_attn"}, dtype=torch.float32) == "triton"  # another class: no entry
+    assert chosen({"backend": "flash_attn"}, shape=(2, 2, 256)) == "torch"  # wider than the kernels
+    assert chosen({"backend": "xformers"}) == "triton"  # not installed
+    assert chosen({"backend": "quick"}) == "triton" and chosen({"BLOCK_M": 3}) == "triton"
+    assert chosen({"backend": "varlen_attn"}) == "varlen_attn"
+    assert chosen({"backend": "varlen_attn"}, dropout_p=0.1) == "triton"  # it has none
+    with tuning.use_table({"attention": {"bytes 4, d 128": {"backend": "flash_attn"}}}):
+        assert attention_backends.choose("auto", gpu, 0.0) == "triton"
+        like = types.SimpleNamespace(**{**vars(gpu), "dtype": torch.float32})
+        assert attention_backends.choose("auto", like, 0.0) == "triton"  # half precision alone
+    assert attention_backends.choose("auto", torch.zeros(2, 2, 8), 0.0) == "torch"
+
+
+def test_auto_with_a_table_compiles_whole():
+    """The table is read while the graph is traced, not in it; a named peer that needs a GPU gives way to ours."""
+    from csrc_triton import tuning
+
+    args = good()
+    with use_backend("triton"), tuning.use_table({"attention": {"bytes 4, d 64": {"backend": "xformers"}}}):
+        compiled = torch.compile(varlen_cross_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(**args), varlen_cross_attention(**args))
 
 
 @pytest.mark.parametrize("backend", ["varlen_attn", "flash_attn", "xformers"])

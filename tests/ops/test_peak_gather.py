@@ -6,7 +6,7 @@ import torch
 from soundwave_fast.ops import ctc_peaks, peak_gather, reference
 from soundwave_fast.ops.backend import implementation, use_backend
 from soundwave_fast.ops.peak_gather import _ctc_peaks, _peak_gather, _peak_gather_backward
-from tests.ops.backends import DEVICE, TorchOps
+from tests.ops.backends import DEVICE, DTensor, TorchOps
 
 
 def kept(tokens, lengths=None, **kwargs) -> list[list[int]]:
@@ -146,7 +146,9 @@ def test_gradcheck_and_garbage(backend):
 
 def test_empty(backend, poison):
     long = {"dtype": torch.long, "device": DEVICE}
-    assert kept(torch.zeros(0, 4, **long)) == []
+    assert kept(torch.zeros(0, 4, **long)) == [] and kept(torch.zeros(0, 4, **long), []) == []
+    nobody = peak_gather(torch.zeros(0, 4, 2, device=DEVICE), torch.zeros(0, 4, **long), [])
+    assert nobody.data.shape == (0, 2) and nobody.cu_seqlens.tolist() == [0]
     assert kept(torch.zeros(2, 0, **long)) == [[], []]
     packed = peak_gather(torch.zeros(2, 3, 4, device=DEVICE), torch.zeros(2, 3, **long), [0, 0])
     assert packed.data.shape == (0, 4) and packed.max_len == 0 and packed.cu_seqlens.tolist() == [0, 0, 0]
@@ -222,6 +224,9 @@ def test_refuses():
         (ValueError, "lengths", {"lengths": [-1]}),
         (ValueError, "lengths", {"lengths": [1, 1]}),
         (TypeError, "lengths", {"lengths": [1.5]}),
+        (ValueError, "lengths", {"lengths": []}),
+        (TypeError, "lengths is a DTensor", {"lengths": torch.tensor([1]).as_subclass(DTensor)}),
+        (TypeError, "scores is a DTensor", {"select": "peak", "scores": torch.zeros(1, 3).as_subclass(DTensor)}),
         (ValueError, "capacity", {"capacity": 2}),
         (ValueError, "capacity", {"capacity": -1}),
     ]
@@ -230,6 +235,12 @@ def test_refuses():
             ctc_peaks(tokens, **kwargs)
         with pytest.raises(error, match=name):
             peak_gather(torch.zeros(1, 3, 4), tokens, **kwargs)
+    with pytest.raises(TypeError, match="tokens is a DTensor: call ctc_peaks inside"):
+        ctc_peaks(tokens.as_subclass(DTensor))
+    with pytest.raises(TypeError, match="tokens is a DTensor: call peak_gather inside"):
+        peak_gather(torch.zeros(1, 3, 4), tokens.as_subclass(DTensor))
+    with pytest.raises(TypeError, match="features is a DTensor"):
+        peak_gather(torch.zeros(1, 3, 4).as_subclass(DTensor), tokens)
     with pytest.raises(TypeError, match="tokens"):
         ctc_peaks(tokens.float())
     with pytest.raises(ValueError, match="tokens"):

@@ -12,6 +12,12 @@ BATCHES = ((2, 20, 7), (3, 31, 9), (4, 12, 5), (3, 40, 11), (2, 17, 8), (5, 25, 
 D = 8
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet() -> None:
+    """Graphs are kept, and counted against a limit, by the function they were made from: `forward`, in most tests."""
+    torch._dynamo.reset()
+
+
 def batch(B: int, T: int, L: int, device: str = "cpu", seed: int = 0) -> dict[str, torch.Tensor]:
     """One utterance a prompt, its placeholder third; the first is empty and the second whole."""
     generator = torch.Generator().manual_seed(seed)
@@ -46,13 +52,16 @@ def road(x: dict[str, torch.Tensor], capacity: int | None, max_length: int | Non
     return out.inputs_embeds, out.position_ids, out.labels, out.cu_seqlens, audio.cu_seqlens, *mask, *times, *grads
 
 
-def forward(x, capacity, max_length):
+def forward(x, capacity, max_length, layout="right", select="first"):
     """What road computes before its backward, as a function that compiles."""
-    audio = peak_gather(x["features"], x["tokens"], x["lengths"], 0, True, capacity=capacity)
+    ruled = {"select": select, "scores": x["scores"], "capacity": capacity}
+    audio = peak_gather(x["features"], x["tokens"], x["lengths"], 0, True, **ruled)
     times = peak_times(audio.index, x["tokens"], x["scores"])
     audio = audio.with_data(audio.data * 2)
-    out = splice(x["text"], audio, x["placeholders"], x["attention_mask"], x["labels"], "right", max_length)
-    return out.inputs_embeds, out.attention_mask, out.labels, out.position_ids, out.cu_seqlens, *times
+    out = splice(x["text"], audio, x["placeholders"], x["attention_mask"], x["labels"], layout, max_length)
+    mask = () if layout == "packed" else (out.attention_mask,)
+    longest = torch.zeros(out.max_len, 1)
+    return out.inputs_embeds, *mask, longest, out.labels, out.position_ids, out.cu_seqlens, *times
 
 
 @pytest.mark.parametrize("sizes", ["bounds", "exact"])
@@ -69,6 +78,35 @@ def test_compiles_whole_with_at_most_one_recompile(sizes, dynamic):
         want += torch.autograd.grad(want[0].square().sum(), leaves)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert counter.frame_count <= 2, f"{counter.frame_count - 1} recompiles"
+
+
+@pytest.mark.parametrize("sizes", ["bounds", "exact"])
+@pytest.mark.parametrize("layout", ["left", "packed"])
+def test_other_layouts_and_peaks_compile_whole(sizes, layout):
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seed, (B, T, L) in enumerate(BATCHES[:3]):
+        x = batch(B, T, L, seed=seed)
+        length = B * (T + L) if layout == "packed" else T + L
+        bounds = (B * T, length) if sizes == "bounds" else (None, None)
+        got, want = (f(x, *bounds, layout, "peak") for f in (compiled, forward))
+        leaves = (x["features"], x["text"])
+        got, want = ((*y, *torch.autograd.grad(y[0].square().sum(), leaves)) for y in (got, want))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("select", ["first", "peak"])
+def test_peaks_alone_compile_whole(select):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ctc_peaks, fullgraph=True, dynamic=True, backend=counter)
+    for seed, (B, T, L) in enumerate(BATCHES):
+        x = batch(B, T, L, seed=seed)
+        scores = x["scores"] if select == "peak" else None
+        for lengths in (x["lengths"], None):
+            if lengths is None and seed:  # None is another graph
+                continue
+            got, want = (f(x["tokens"], lengths, 0, True, select, scores) for f in (compiled, ctc_peaks))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert counter.frame_count <= 3, f"{counter.frame_count - 2} recompiles"
 
 
 @pytest.mark.slow
@@ -172,8 +210,8 @@ def test_road_on_the_cpu_in_every_layout():
     for layout in ("right", "left", "packed"):
         embeds, positions, labels, cu_seqlens, *_ = road(x, None, None, layout)
         assert cu_seqlens.diff().tolist() == [n + 8 for n in audio.lengths.tolist()]
-        taken = labels.ne(-100).sum()
-        assert taken == 3 * 8 and positions.max() == audio.max_len + 7
+        taken = labels.ne(-100).sum()  # packed, no prompt's first is
+        assert taken == (3 * 7 if layout == "packed" else 3 * 8) and positions.max() == audio.max_len + 7
         whole = embeds.double().sum()
         kept = x["text"][~x["placeholders"]].double().sum() + 2 * audio.data.double().sum()
         torch.testing.assert_close(whole, kept, rtol=1e-9, atol=1e-9)

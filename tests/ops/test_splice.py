@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from soundwave_fast.model.losses import next_token_loss
 from soundwave_fast.ops import reference, splice
 from soundwave_fast.ops.backend import implementation, use_backend
-from soundwave_fast.ops.splice import _splice, _splice_audio_backward, _splice_text_backward
+from soundwave_fast.ops.splice import Spliced, _splice, _splice_audio_backward, _splice_text_backward
 from soundwave_fast.packed import Packed, pack
-from tests.ops.backends import DEVICE, TorchOps
+from tests.ops.backends import DEVICE, DTensor, TorchOps
 
 A, E = True, False  # placeholder or not
 LAYOUTS = ("right", "left", "packed")
@@ -61,7 +62,7 @@ def test_packed_by_hand(backend, poison):
     assert out.inputs_embeds.squeeze(2).tolist() == [[1, 10, 11, 2, 9, 3, 12]]
     assert out.attention_mask is None
     assert out.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
-    assert out.labels.tolist() == [[-100, -100, -100, 52, 53, 55, -100]]
+    assert out.labels.tolist() == [[-100, -100, -100, 52, 53, -100, -100]]  # 55 would follow the other prompt's 53
     assert out.cu_seqlens.tolist() == [0, 5, 7]
 
 
@@ -76,6 +77,49 @@ def test_with_room_to_spare(backend, poison):
     assert torch.equal(roomy.inputs_embeds, torch.nn.functional.pad(exact.inputs_embeds, (0, 0, 0, 2)))
     assert roomy.position_ids[0, 7:].tolist() == [0, 0] and roomy.labels[0, 7:].tolist() == [-100, -100]
     assert roomy.cu_seqlens.tolist() == [0, 5, 7] and not roomy.overflowed()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_longest(backend, layout):
+    """The longest prompt as a number, exact without a max_length."""
+    assert case(layout).max_len == 5 and type(case(layout).max_len) is int
+    assert case(layout, 9).max_len == 9
+
+
+@pytest.mark.parametrize("roomy", [None, 12])
+def test_packed_prompts_score_what_padded_ones_do(backend, poison, roomy):
+    """A prompt that begins with text does not have its first token predicted by the prompt before it."""
+    ids = here([[5, 0, 6, 7], [8, 9, 0, 3], [0, 4, 0, 0], [0, 0, 0, 0]])
+    placeholder = here([[E, A, E, E], [E, E, A, E], [A, E, E, E], [E, E, E, E]])
+    valid = here([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    labels = ids.masked_fill(placeholder | (valid == 0), -100)
+    audio = segments([1], [2, 3], [])
+    padded, packed = (
+        splice(embeds([[0] * 4] * 4), audio, placeholder, valid, labels, layout, length)
+        for layout, length in (("right", None), ("packed", roomy))
+    )
+    counted = [row[row != -100].tolist() for row in padded.labels[:, 1:]]
+    assert counted == [[6, 7], [9, 3], [], []]
+    shifted = packed.labels[0, 1:]
+    assert shifted[shifted != -100].tolist() == sum(counted, [])
+    head = torch.nn.Linear(1, 11).to(DEVICE)
+    losses = [next_token_loss(x.inputs_embeds, head, x.labels) for x in (padded, packed)]
+    assert losses[0][1] == losses[1][1] == 4
+
+
+def test_overflow_is_told():
+    """A max_length that is too small, which only an accelerator lets pass: what the kernels then report."""
+    for layout in LAYOUTS:
+        text, audio = embeds([[1, 0, 2, 9], [0, 3, 0, 9]]), segments([10, 11], [], [12])
+        mask, valid = here([[E, A, E, E], [A, E, A, E]]), here([[1, 1, 1, 1], [1, 1, 1, 0]])
+        with use_backend("triton"):
+            ops = implementation("splice", text)
+            ends, segment, home, report = ops.plan_splice(mask, valid, audio.cu_seqlens)
+            plan = (audio.cu_seqlens, ends, segment, home, report[0])
+            for length, missing in ((4, True), (5, layout == "packed"), (7, False)):
+                rows = ops.splice_rows(text, audio.data, *plan, None, None, layout, length)
+                out = Spliced(rows[0], rows[1], rows[2], None, rows[4], report[0], length)
+                assert out.overflowed().item() is missing
 
 
 def test_padding_on_the_left_of_the_input(backend):
@@ -129,10 +173,14 @@ def test_matches_the_loop(backend, poison, seed, blocks, monkeypatch):
         assert out.attention_mask.long().tolist() == want[1]
         assert out.position_ids.tolist() == want[2] and out.labels.tolist() == want[3]
     packed = splice(text, audio, placeholders, valid, labels, "packed")
+    assert packed.max_len == out.max_len == max(out.lengths.tolist())
+    *_, first_ignored = reference.splice(
+        text, parts, placeholders.tolist(), valid.tolist(), labels.tolist(), left=True, packed=True
+    )
     keep = out.attention_mask.bool()
     assert torch.equal(packed.inputs_embeds[0], out.inputs_embeds[keep])
     assert torch.equal(packed.position_ids[0], out.position_ids[keep])
-    assert torch.equal(packed.labels[0], out.labels[keep])
+    assert torch.equal(packed.labels[0], torch.tensor(first_ignored, device=DEVICE)[keep])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -295,10 +343,28 @@ def test_opcheck(backend, layout):
 def test_refuses():
     text, mask = embeds([[1, 0], [1, 0]]).cpu(), torch.tensor([[E, A], [E, A]])
     one, two = segments([1]).to("cpu"), segments([1], [2]).to("cpu")
-    with pytest.raises(ValueError, match="2 placeholders, but audio holds 1 segments; row 0 has 1, row 1 has 1"):
+    with pytest.raises(ValueError, match="2 placeholders, but audio holds 1 segments; every row has 1$"):
         splice(text, one, mask)
-    with pytest.raises(ValueError, match="with one segment per prompt, row 0 has 0$"):
+    with pytest.raises(ValueError, match="with 1 a row, row 0 has 0$"):
         splice(text, two, torch.tensor([[E, E], [E, A]]))
+    many = torch.zeros(30, 4, dtype=torch.bool)
+    many[:, 1] = True
+    for wrong, count, message in [
+        ((20, 29), 30, "28 placeholders, but audio holds 30 segments; with 1 a row, row 20 has 0, row 29 has 0$"),
+        ((20,), 31, "29 placeholders, but audio holds 31 segments; most rows have 1, row 20 has 0$"),
+        (range(9, 20), 30, "row 16 has 0 and 3 rows more differ$"),
+        (
+            (),
+            60,
+            "30 placeholders, but audio holds 60 segments; with 2 a row, row 0 has 1, .* and 22 rows more differ$",
+        ),
+    ]:
+        odd = many.clone()
+        odd[list(wrong)] = False
+        with pytest.raises(ValueError, match=message):
+            splice(torch.zeros(30, 4, 1), segments(*[[1]] * count).to("cpu"), odd)
+    with pytest.raises(ValueError, match="but audio holds 1 segments; there are no rows"):
+        splice(torch.zeros(0, 4, 1), one, torch.zeros(0, 4, dtype=torch.bool))
     for max_length in (None, 4):
         with pytest.raises(ValueError, match="row 1 that attention_mask calls padding"):
             splice(text, two, mask, torch.tensor([[1, 1], [1, 0]]), max_length=max_length)
@@ -315,6 +381,11 @@ def test_refuses():
         (TypeError, "text_embeds", {"text_embeds": text.long()}),
         (ValueError, "audio", {"text_embeds": text.expand(2, 2, 3)}),
         (TypeError, "audio", {"audio": two.to(torch.int64)}),
+        (TypeError, "text_embeds is a DTensor", {"text_embeds": text.as_subclass(DTensor)}),
+        (TypeError, "audio is a DTensor", {"audio": two.with_data(two.data.as_subclass(DTensor))}),
+        (TypeError, "placeholder_mask is a DTensor", {"placeholder_mask": mask.as_subclass(DTensor)}),
+        (TypeError, "attention_mask is a DTensor", {"attention_mask": mask.long().as_subclass(DTensor)}),
+        (TypeError, "labels is a DTensor", {"labels": mask.long().as_subclass(DTensor)}),
         (ValueError, "max_length", {"max_length": -1}),
     ]:
         arguments = {"text_embeds": text, "audio": two, "placeholder_mask": mask, **change}

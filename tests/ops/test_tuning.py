@@ -155,6 +155,13 @@ def test_another_chip_and_unknown_names_change_nothing(monkeypatch):
     assert tuning.sizes("a", "b", x=1) == {"x": 1}
 
 
+def test_a_backend_by_name(monkeypatch):
+    tables = {CHIP: {"a": {"b": {"backend": "x"}, "c": {"n": 2}}}}
+    tuning.check(tables)
+    in_force(monkeypatch, tables[CHIP])
+    assert [tuning.choice("a", key, "ours") for key in "bcd"] == ["x", "ours", "ours"]
+
+
 def test_entry_that_cannot_run_is_dropped_once(monkeypatch):
     truth = peaks()
     in_force(monkeypatch, {"peak_gather rows": {KEY: {"BLOCK_N": 3}}})  # no power of two: no kernel
@@ -182,7 +189,14 @@ def test_a_launch_that_fails_whatever_its_sizes_is_not_hidden(monkeypatch):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", '{"sm_90": 3}', '{"sm_90": {"a": {"b": {"BLOCK_N": 0}}}}', '{"sm_90": {"a": {"b": {"x": 1.5}}}}'],
+    [
+        "",
+        "[]",
+        '{"sm_90": 3}',
+        '{"sm_90": {"a": {"b": {"backend": 3}}}}',
+        '{"sm_90": {"a": {"b": {"BLOCK_N": 0}}}}',
+        '{"sm_90": {"a": {"b": {"x": 1.5}}}}',
+    ],
 )
 def test_damaged_table_costs_a_warning(tmp_path, monkeypatch, content):
     path = tmp_path / "tuned.json"

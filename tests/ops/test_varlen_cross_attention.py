@@ -9,7 +9,7 @@ from soundwave_fast.ops import attention_backends, peak_gather, reference, varle
 from soundwave_fast.ops.backend import use_backend
 from soundwave_fast.ops.pure_torch import varlen_cross_attention as pure_torch
 from soundwave_fast.ops.varlen_cross_attention import _varlen_cross_attention, _varlen_cross_attention_backward
-from tests.ops.backends import DEVICE
+from tests.ops.backends import DEVICE, DTensor
 from tests.ops.numerics import BACKWARD, FORWARD, assert_within_budget
 
 RAGGED = ([3, 0, 17, 1, 5, 0], [7, 4, 65, 9, 0, 0])  # no queries, no keys, neither, one query
@@ -24,6 +24,7 @@ SHAPES = [  # lengths, H, G, d
     (([130, 2], [40, 70]), 2, 2, 64),  # more queries than one program holds
     (([60, 9], [33, 20]), 6, 2, 32),  # likewise, through the heads that share a key head
 ]
+SHARED_OR_NOT = pytest.mark.parametrize("G", [2, 4], ids=["two share a key head", "a key head each"])
 
 
 def offsets(lengths) -> torch.Tensor:
@@ -69,7 +70,7 @@ def check_budget(tensors, lengths, **kwargs):
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
-    + [(shape, torch.float16) for shape in SHAPES[:3]],
+    + [(shape, torch.float16) for shape in SHAPES[:5]],
     ids=str,
 )
 def test_error_budget(backend, poison, shape, dtype):
@@ -89,20 +90,22 @@ def test_float64(poison, shape):
         assert torch.equal(run(tensors, lengths, softmax_scale=0.3), out)
 
 
-@pytest.mark.parametrize("lengths", [([4], [6000]), ([1500], [9])], ids=str)
-def test_long(backend, lengths):
-    check_budget(make(lengths, 1, 1, 64), lengths)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [([4], [6000]), ([3, 20], [1500, 700]), ([1500], [9])], ids=str)
+def test_long(backend, lengths, dtype):
+    check_budget(make(lengths, 1, 1, 64, dtype=dtype), lengths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("G", "d"), [(1, 64), (2, 64), (2, 80)])
 @pytest.mark.parametrize("seed", range(3))
-def test_large_scores(backend, dtype, seed):
+def test_large_scores(backend, dtype, G, d, seed):
     """Scores in the thousands: one key takes all the weight, and exp of anything but differences overflows.
 
     dq and dk all but vanish then. What is left of dP - dO O^T is rounding, and is held to that.
     """
-    lengths, d = ([5, 9], [40, 70]), 64
-    ours = [(30 * x.detach()).requires_grad_() for x in make(lengths, 2, 1, d, dtype=dtype, seed=seed)]
+    lengths = ([5, 9], [40, 70])
+    ours = [(30 * x.detach()).requires_grad_() for x in make(lengths, 2, G, d, dtype=dtype, seed=seed)]
     eager, truth = ([x.detach().to(t).requires_grad_() for x in ours] for t in (dtype, torch.float64))
     weights = torch.randn(ours[0].shape, device=DEVICE).to(dtype)
     outs = [run(ours, lengths), loop(eager, lengths), loop(truth, lengths)]
@@ -116,10 +119,11 @@ def test_large_scores(backend, dtype, seed):
         assert errors[0] <= BACKWARD * errors[1] + rounding
 
 
-def test_far_negative_scores(backend):
+@pytest.mark.parametrize("G", [1, 2])
+def test_far_negative_scores(backend, G):
     """Masked keys, whose score would be 0, must not stand out against real ones at -1800."""
     lengths = ([3], [37])
-    q, k, v = make(lengths, 2, 1, 64)
+    q, k, v = make(lengths, 2, G, 64)
     q.data.mul_(0.1).sub_(15.0), k.data.mul_(0.1).add_(15.0)
     truth = [x.detach().double().requires_grad_() for x in (q, k, v)]
     weights = torch.randn_like(q)
@@ -129,14 +133,16 @@ def test_far_negative_scores(backend):
         torch.testing.assert_close(got.double(), e, rtol=1e-2, atol=1e-2)
 
 
+@SHARED_OR_NOT
 @pytest.mark.parametrize("scale", [0.0, -0.2, 1.5])
-def test_any_scale(backend, poison, scale):
-    check_budget(make(RAGGED, 4, 2, 24), RAGGED, softmax_scale=scale)
+def test_any_scale(backend, poison, scale, G):
+    check_budget(make(RAGGED, 4, G, 24), RAGGED, softmax_scale=scale)
 
 
-def test_rows_without_a_partner_are_exactly_zero(backend, poison):
+@SHARED_OR_NOT
+def test_rows_without_a_partner_are_exactly_zero(backend, poison, G):
     lengths = ([2, 3, 0, 4], [5, 0, 6, 3])
-    tensors = make(lengths, extra=40)
+    tensors = make(lengths, G=G, extra=40)
     for x, n in zip(tensors, (9, 14, 14)):
         x.data[n:] = float("nan")  # rows of no utterance are not read either
     out = run(tensors, lengths)
@@ -148,27 +154,29 @@ def test_rows_without_a_partner_are_exactly_zero(backend, poison):
         assert (x.flatten(1).abs().sum(1) > 0).sum() == x.shape[0] - len(idle)
 
 
-def test_nothing_to_attend_still_has_gradients(backend, poison):
+@SHARED_OR_NOT
+def test_nothing_to_attend_still_has_gradients(backend, poison, G):
     for lengths in (([2, 0], [0, 3]), ([0], [0]), ([], [])):
-        tensors = make(lengths, extra=1)
+        tensors = make(lengths, G=G, extra=1)
         cu = [offsets(x) for x in lengths]
         out = varlen_cross_attention(*tensors, *cu, 2, 3)
         assert out.abs().sum() == 0
         for grad, x in zip(torch.autograd.grad(out.sum(), tensors), tensors):
             assert grad.shape == x.shape and grad.abs().sum() == 0
-    empty = make(([0], [0]), extra=0)
+    empty = make(([0], [0]), G=G, extra=0)
     assert run(empty, ([0], [0])).shape == (0, 4, 8)
 
 
 @pytest.mark.parametrize("grads", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (0, 0, 0)], ids=str)
-def test_gradients_only_where_asked(backend, grads, launches, monkeypatch):
+@SHARED_OR_NOT
+def test_gradients_only_where_asked(backend, grads, launches, monkeypatch, G):
     asked = []
     lengths = ([3, 0, 6], [7, 4, 40])
     module = attention_backends.module(backend)
     monkeypatch.setattr(module, "backward", lambda *a, f=module.backward: (asked.append(a[-2:]), f(*a))[1])
-    want = make(lengths)
+    want = make(lengths, G=G)
     want = torch.autograd.grad(run(want, lengths).sum(), want)
-    tensors = make(lengths, grads=grads)
+    tensors = make(lengths, G=G, grads=grads)
     asked.clear()
     launches.clear()
     out = run(tensors, lengths)
@@ -202,35 +210,45 @@ def test_few_queries_take_one_backward_launch(launches):
                 assert launches == ["_forward_kernel", *kernels]
 
 
-def test_same_bits_every_time_and_in_any_company(backend):
+@pytest.mark.parametrize("G", [1, 2])
+def test_same_bits_every_time_and_in_any_company(backend, G):
     """Run to run, and for an utterance alone or in a batch."""
     lengths = ([3, 17], [70, 9])
-    tensors = make(lengths, 2, 1, 32)
+    tensors = make(lengths, 2, G, 32)
     results = [torch.autograd.grad(run(tensors, lengths).square().sum(), tensors) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*results))
     alone = [x.detach()[: n[0]] for x, n in zip(tensors, (lengths[0], lengths[1], lengths[1]))]
     assert torch.equal(run(alone, ([3], [70])), run(tensors, lengths)[:3])
 
 
-def test_layouts(backend):
-    """Halves of a fused projection, heads before rows, elements apart, int64 offsets: the values count."""
+@SHARED_OR_NOT
+def test_layouts(backend, G):
+    """Halves of a fused projection, heads before rows, elements apart or before rows, one row for all: values count."""
     lengths = ([6, 2], [9, 5])
-    q, k, v = (x.detach() for x in make(lengths, 4, 2, 16, extra=0))
-    want = run((q, k, v), lengths)
+    q, k, v = (x.detach() for x in make(lengths, 4, G, 16, extra=0))
+    want = loop((q, k, v), lengths)
+    torch.testing.assert_close(run((q, k, v), lengths), want)
     fused = torch.stack([k, v], 1)
     for tensors in [
         (q, *fused.unbind(1)),
         [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)],
         [x.repeat_interleave(2, -1)[..., ::2] for x in (q, k, v)],
+        [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in (q, k, v)],
         (q, k, v.transpose(0, 1).contiguous().transpose(0, 1)),
     ]:
         torch.testing.assert_close(run(tensors, lengths), want)
+        leaves = [[x.detach().requires_grad_() for x in some] for some in (tensors, (q, k, v))]
+        weights = torch.randn(16, 4, 8, device=DEVICE).permute(2, 1, 0)
+        grads = [torch.autograd.grad(f(x, lengths), x, weights) for f, x in zip((run, loop), leaves)]
+        torch.testing.assert_close(*grads)
+    same = [x[:1].expand(x.shape) for x in (q, k, v)]
+    torch.testing.assert_close(run(same, lengths), loop(same, lengths))
     cu = [offsets(x).long() for x in lengths]
     torch.testing.assert_close(varlen_cross_attention(q, k, v, *cu, 6, 9), want)
-    leaf = q.clone().requires_grad_()
-    (dense,) = torch.autograd.grad(run((leaf, k, v), lengths).sum(), leaf)  # a gradient that is expanded
-    other = run((leaf, k, v), lengths)
-    torch.testing.assert_close(torch.autograd.grad(other, leaf, torch.ones_like(other))[0], dense)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expanded = torch.autograd.grad(run(leaves, lengths).sum(), leaves)  # a gradient that is one number in memory
+    other = run(leaves, lengths)
+    torch.testing.assert_close(torch.autograd.grad(other, leaves, torch.ones_like(other)), expanded)
 
 
 def test_rows_past_2_31_elements(backend):
@@ -244,9 +262,10 @@ def test_rows_past_2_31_elements(backend):
     torch.testing.assert_close(out, run((q, k[before:], k[before:]), ([2], [5])))
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("G", [1, 2])
+def test_gradcheck(G):
     lengths = ([2, 1, 0], [3, 0, 2])
-    tensors = make(lengths, H=2, G=1, d=3, extra=1, dtype=torch.float64)
+    tensors = make(lengths, H=2, G=G, d=3, extra=1, dtype=torch.float64)
     torch.autograd.gradcheck(lambda *x: run(x, lengths), tensors)
 
 
@@ -342,23 +361,23 @@ def test_dropout_masks_differ_everywhere_but_under_one_seed(backend):
 # -- as a torch op -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_opcheck(backend, p):
+@pytest.mark.parametrize(("p", "G"), [(0.0, 2), (0.3, 2), (0.0, 4)])
+def test_opcheck(backend, p, G):
     lengths = ([3, 0, 5], [7, 2, 9])
-    tensors = make(lengths, 4, 2, 8)
+    tensors = make(lengths, 4, G, 8)
     seed = torch.tensor([7], device=DEVICE if backend == "triton" else "cpu") if p else None
     sizes = (*(offsets(x) for x in lengths), 5, 9, None, p, seed, backend)
     torch.library.opcheck(_varlen_cross_attention, (*tensors, *sizes, True))
     q, k, v = (x.detach() for x in tensors)
     out, saved = _varlen_cross_attention(q, k, v, *sizes, True)
-    for need in ((True, True),) if p else ((True, False), (False, True)):
+    for need in ((True, True),) if p or G == 4 else ((True, False), (False, True)):
         torch.library.opcheck(
             _varlen_cross_attention_backward, (torch.randn_like(q), q, k, v, out, saved, *sizes, *need)
         )
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_compiles_whole_with_at_most_one_recompile(backend, p):
+@pytest.mark.parametrize(("p", "G"), [(0.0, 2), (0.3, 2), (0.0, 4)])
+def test_compiles_whole_with_at_most_one_recompile(backend, p, G):
     counter = CompileCounterWithBackend("aot_eager")
 
     def f(q, k, v, cu_q, cu_k, max_q, max_k):
@@ -366,7 +385,7 @@ def test_compiles_whole_with_at_most_one_recompile(backend, p):
 
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=counter)
     for lengths in (([3, 5], [7, 9]), ([6, 9, 1, 5], [20, 1, 9, 3]), ([2, 2, 0], [0, 33, 4])):
-        tensors = make(lengths, 4, 2, 8)
+        tensors = make(lengths, 4, G, 8)
         args = (*tensors, *(offsets(x) for x in lengths), max(lengths[0]), max(lengths[1]))
         outs = []
         for g in (compiled, f):
@@ -447,10 +466,6 @@ def test_compiles_in_one_graph_with_peak_gather():
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
-class DTensor(torch.Tensor):
-    pass
-
-
 def good() -> dict:
     q, k, v = make(([3], [4]), extra=0)
     return dict(q=q, k=k, v=v, cu_seqlens_q=offsets([3]), cu_seqlens_k=offsets([4]), max_seqlen_q=3, max_seqlen_k=4)
@@ -465,6 +480,8 @@ def test_refuses():
         (TypeError, "k is", {"k": k.double()}),
         (TypeError, "q must", {"q": q.int()}),
         (TypeError, "v is a DTensor", {"v": v.detach().as_subclass(DTensor)}),
+        (TypeError, "cu_seqlens_q is a DTensor", {"cu_seqlens_q": cu_q.as_subclass(DTensor)}),
+        (TypeError, "cu_seqlens_k is a DTensor", {"cu_seqlens_k": ok["cu_seqlens_k"].as_subclass(DTensor)}),
         (ValueError, "k is on meta", {"k": k.to("meta")}),
         (ValueError, "cu_seqlens_k is on meta", {"cu_seqlens_k": cu_q.to("meta")}),
         (ValueError, "k and v", {"v": v[:2]}),

@@ -56,7 +56,8 @@ def splice_rows(
     """Embeddings (B, M, D), mask (B, M), position ids (B, M), labels (B, M), cu_seqlens (B + 1,) int32.
 
     Packed, they have one row of M. What does not fit into M is left out, at the end or, on the left layout, at the
-    beginning; cu_seqlens counts what is there.
+    beginning; cu_seqlens counts what is there. Packed, the first label of every prompt becomes -100: the row before it
+    is another prompt's.
     """
     B, M, D = len(lengths_B), length, text_BLD.shape[2]
     slot_M = torch.arange(M, dtype=torch.int32, device=text_BLD.device)
@@ -79,6 +80,8 @@ def splice_rows(
     labels = None
     if labels_BL is not None:
         labels = labels_BL.new_full((rows + 1,), IGNORE).index_copy_(0, text_to, labels_BL.reshape(-1))
+        if layout == "packed":
+            labels.index_fill_(0, cu_seqlens[:-1].long(), IGNORE)
         labels = labels[:-1].view(shape)
     position_ids = torch.where(there, within, 0).long()
     mask = None if mask_dtype is None else there.to(mask_dtype)

@@ -2,8 +2,9 @@
 
 In float32 and float64 that is torch's own fused attention (`fused_attention`), which keeps a log-sum-exp a row. In half
 precision, with dropout or with shared key heads it is matrix products: weights of the first `KEPT` (query, key, head)
-triples are kept for backward, the rest computed again. Elsewhere the lengths are not on the host: one block padded to
-the longest, nothing kept.
+triples are kept for backward, the rest computed again. Matrix products also give the gradients of fused attention where
+only some are asked for (it has all or none), or where the scores are too large for its log-sum-exp. Elsewhere the
+lengths are not on the host: one block padded to the longest, nothing kept.
 
 Shape legend: Nq, Nk rows over the batch, B utterances, H query heads, G key heads, R = H / G, d head width, M queries
 and L keys of one key head in one utterance: the R heads that share a key head are simply more queries of it.
@@ -11,13 +12,14 @@ and L keys of one key head in one utterance: the R heads that share a key head a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from soundwave_fast.ops.pure_torch import fused_attention
+from soundwave_fast.ops.pure_torch.fused_attention import Utterance, utterances
 
 KEPT = 1 << 26  # elements: 256 MiB in float32
 _AT_ONCE = 1 << 22  # weights in the making: longer utterances are done some heads at a time
@@ -50,7 +52,7 @@ def forward(
         _zero_the_rest(cu_seqlens_q, cu_seqlens_k, out)
         return out, kept
     used = 0
-    for rows_q, rows_k, heads in _blocks(cu_seqlens_q, cu_seqlens_k, q, k):
+    for rows_q, rows_k, heads in _blocks(utterances(cu_seqlens_q, cu_seqlens_k), q, k):
         queries = _fold(q[rows_q], k, heads)
         keys, values = k[rows_k, heads].transpose(0, 1), v[rows_k, heads].transpose(0, 1)
         size = queries.shape[0] * queries.shape[1] * keys.shape[1]
@@ -102,10 +104,12 @@ def backward(
             x if g is None else unpad(g, x)
             for unpad, g, x in zip((blocks.unpad_queries, *[blocks.unpad_keys] * 2), grads, (dq, dk, dv))
         )
+    todo = utterances(cu_seqlens_q, cu_seqlens_k)
     if fused_attention.serves(q, k, dropout_p):
-        fused_attention.backward(grad, q, k, v, out, kept, cu_seqlens_q, cu_seqlens_k, scale, dq, dk, dv)
-    else:
-        _products_backward(grad, q, k, v, kept, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, generator, dq, dk, dv)
+        if need_q and need_kv:
+            todo = fused_attention.backward(grad, q, k, v, out, kept, cu_seqlens_q, cu_seqlens_k, scale, dq, dk, dv)
+        kept = kept[:0]  # no weights
+    _products_backward(grad, q, k, v, kept, todo, scale, dropout_p, generator, dq, dk, dv)
     if need_q:
         _zero_the_rest(cu_seqlens_q, cu_seqlens_k, dq)
     if need_kv:
@@ -113,12 +117,10 @@ def backward(
     return dq, dk, dv
 
 
-def _products_backward(
-    grad, q, k, v, kept, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, generator, dq, dk, dv
-) -> None:
+def _products_backward(grad, q, k, v, kept, todo: Iterable[Utterance], scale, dropout_p, generator, dq, dk, dv) -> None:
     """Fill dq, dk, dv where they have elements, from the weights that were kept and others made again."""
     used = 0
-    for rows_q, rows_k, heads in _blocks(cu_seqlens_q, cu_seqlens_k, q, k):
+    for rows_q, rows_k, heads in _blocks(todo, q, k):
         queries, grads = _fold(q[rows_q], k, heads), _fold(grad[rows_q], k, heads)
         keys, values = k[rows_k, heads].transpose(0, 1), v[rows_k, heads].transpose(0, 1)
         size = queries.shape[0] * queries.shape[1] * keys.shape[1]
@@ -184,15 +186,14 @@ def _generator(x: Tensor, seed: Tensor | None) -> torch.Generator | None:
     return None if seed is None else torch.Generator(x.device).manual_seed(int(seed))
 
 
-def _blocks(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows of q, rows of k and key heads of each piece of work; utterances with nothing to do are left out."""
+def _blocks(todo: Iterable[Utterance], q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of q, rows of k and key heads of each piece of work."""
     G, R = k.shape[1], q.shape[1] // k.shape[1]
-    for (start_q, end_q), (start_k, end_k) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist())):
-        pairs = (end_q - start_q) * (end_k - start_k)
-        if pairs:
-            step = max(_AT_ONCE // (pairs * R), 1)
-            for g in range(0, G, step):
-                yield slice(start_q, end_q), slice(start_k, end_k), slice(g, min(g + step, G))
+    for rows_q, rows_k in todo:
+        pairs = (rows_q.stop - rows_q.start) * (rows_k.stop - rows_k.start)
+        step = max(_AT_ONCE // (pairs * R), 1)
+        for g in range(0, G, step):
+            yield rows_q, rows_k, slice(g, min(g + step, G))
 
 
 def _fold(x_NHd: Tensor, k: Tensor, heads: slice) -> Tensor:

@@ -11,6 +11,7 @@ def splice(
     valid: list[list[bool]],
     labels: list[list[int]],
     left: bool = False,
+    packed: bool = False,  # the first label of every prompt becomes -100, as where another prompt's row precedes it
 ) -> tuple[Tensor, list[list[int]], list[list[int]], list[list[int]]]:
     """inputs_embeds (B, M, D), attention mask, position ids and labels of the padded layouts."""
     segments = list(segments)
@@ -25,6 +26,8 @@ def splice(
             elif valid[b][i]:
                 rows.append(text_embeds[b, i])
                 row_labels.append(labels[b][i])
+        if packed:
+            row_labels[:1] = [-100] * len(row_labels[:1])
         embeds.append(rows)
         new_labels.append(row_labels)
     longest = max(len(rows) for rows in embeds)
