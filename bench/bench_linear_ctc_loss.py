@@ -110,6 +110,8 @@ def chunks(hidden, weight, targets, input_lengths, target_lengths, chunk=_logsum
 
 
 def chunks_compiled(hidden, weight, *labels):
+    if not ON_GPU:
+        raise Unavailable("compiled on a GPU alone")
     return chunks(hidden, weight, *labels, chunk=_compiled(_logsumexp_and_labels))
 
 

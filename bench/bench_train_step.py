@@ -122,7 +122,7 @@ CASES = [
         sources=("soundwave_fast/model", "soundwave_fast/ops", "csrc_triton"),
         tests="tests/model/test_soundwave.py",
         budget=0.05,  # AdamW walks on: both sides take the same number of steps, rounding drifts apart
-        rounds=4,
+        rounds=3,
     )
     for stage, name in ((1, "stage 1"), (2, "stage 2"), (3, "stage 3"))
 ]

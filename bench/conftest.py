@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _digest(case: Case) -> str:
     digest = hashlib.sha256(f"{torch.__version__} {device().type}".encode())
-    for name in (*case.files, case.conformance):
+    for name in (*(name for name in case.files if not name.startswith("bench/")), case.conformance):
         path = ROOT / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
@@ -37,10 +38,10 @@ def _digest(case: Case) -> str:
 
 def nonconforming(case: Case, cache: pytest.Cache | None = None) -> str:
     """What the op's conformance tests say when they fail; "" where they pass. Passes are remembered in the cache."""
-    key = f"bench/conformance/{case.op}-{_digest(case)[:12]}"
+    key = f"bench/conformance/{Path(case.conformance).stem}-{_digest(case)[:12]}"
     if cache is not None and cache.get(key, False):
         return ""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", case.conformance]
+    command = [sys.executable, "-m", "pytest", "-qx", "-m", "conformance", "-p", "no:cacheprovider", case.conformance]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:

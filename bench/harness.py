@@ -386,7 +386,8 @@ def record(benchmark, request, case: Case, provider: str) -> None:
             info.update(floor_seconds=floor, of_floor=floor / median(samples))
     if case.note:
         info["note"] = case.note
-    if not smoke and not request.config.getoption("--no-memory"):
+    compiled = "compiled" in provider and device().type == "cpu"  # the process would spend its time in the compiler
+    if not smoke and not compiled and not request.config.getoption("--no-memory"):
         info["extra_peak_mib"] = peak_in_child(request.module.__name__, case, provider)
     timer, benchmark._timer = benchmark._timer, _Replay(samples)
     try:

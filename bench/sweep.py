@@ -53,10 +53,15 @@ def _points(module: str, along: str, value: int, case: harness.Case, memory: boo
             "provider": provider,
             "seconds": statistics.median(samples),
             "floor_seconds": floor,
-            "extra_peak_mib": harness.peak_in_child(module, case, provider) if memory else None,
+            "extra_peak_mib": None if not memory or _slow(provider) else harness.peak_in_child(module, case, provider),
         }
         for provider, samples in measured.seconds.items()
     ]
+
+
+def _slow(provider: str) -> bool:
+    """Whether a process of its own would spend its time in the compiler."""
+    return "compiled" in provider and harness.device().type == "cpu"
 
 
 def _write(path: Path, document: dict) -> None:
@@ -76,7 +81,8 @@ def _kept(path: Path, machine: dict, memory: bool) -> list[dict]:
     return [
         point
         for point in document["points"]
-        if not stale(point["commit"], tuple(point["files"])) and not (memory and point["extra_peak_mib"] is None)
+        if not stale(point["commit"], tuple(point["files"]))
+        and (not memory or point["extra_peak_mib"] is not None or _slow(point["provider"]))
     ]
 
 

@@ -89,12 +89,16 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path, monkeypatch):
     cache = SimpleNamespace(get=kept.get, set=kept.__setitem__)
     tests = tmp_path / "test_op.py"
     op = harness.Case("toy", "", {}, {}, tests=str(tests))
-    tests.write_text("def test_it():\n    assert 1 == 2\n")
+    head = "import pytest\n@pytest.mark.conformance\ndef test_it():\n    assert "
+    tests.write_text(head + "1 == 2\n")
     assert "assert 1 == 2" in conftest.nonconforming(op, cache) and not kept
-    tests.write_text("def test_it():\n    assert 2 == 2\n")
+    tests.write_text(head + "2 == 2\n")
     assert conftest.nonconforming(op, cache) == "" and len(kept) == 1
-    monkeypatch.setattr(conftest.subprocess, "run", lambda *_, **__: pytest.fail("a pass is remembered"))
-    assert conftest.nonconforming(op, cache) == ""
+    with monkeypatch.context() as patched:
+        patched.setattr(conftest.subprocess, "run", lambda *_, **__: pytest.fail("a pass is remembered"))
+        assert conftest.nonconforming(op, cache) == ""
+    tests.write_text("def test_it():\n    pass\n")
+    assert conftest.nonconforming(op, cache), "nothing that says it conforms"
 
 
 def test_peak_memory_in_a_process_of_its_own():

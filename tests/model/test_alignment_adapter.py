@@ -19,6 +19,7 @@ def config(**kwargs) -> SoundwaveConfig:
     return SoundwaveConfig(WhisperConfig(d_model=32), text, **kwargs)
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_position_is_the_released_computation(mode):
     adapter = AlignmentAdapter(config(adapter_attention="position", adapter_dropout=0.0)).double()
@@ -46,6 +47,7 @@ def test_position_keeps_frames_apart_and_time_mixes_them():
         assert (one != two).any(-1)[0].nonzero().flatten().tolist() == changed
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize("grad", [False, True])
 def test_time_does_not_see_padding(grad):
     adapter = AlignmentAdapter(config(adapter_attention="time")).double().eval()

@@ -63,6 +63,7 @@ CASES = [
 ]
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize("kwargs", [*CASES, {"look_back": False}], ids=str)
 def test_is_the_loop(kwargs):
     adapter = make(adapter_dropout=0.0, **kwargs)

@@ -42,6 +42,7 @@ def test_packed_prompts_that_begin_with_text_are_scored_as_padded_ones(fresh):
     torch.testing.assert_close(packed.ce_sum, padded.ce_sum, rtol=1e-4, atol=0)
 
 
+@pytest.mark.conformance
 def test_loss_is_the_weighted_mean_of_its_sums(pair):
     model, processor = pair
     inputs = tiny.training_inputs(processor)
@@ -55,6 +56,7 @@ def test_loss_is_the_weighted_mean_of_its_sums(pair):
     assert torch.equal(out.frame_lengths, frames)
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize("head", ["tied", "free"])
 @pytest.mark.parametrize("semantics", ["paper", "released"])
 def test_gradients_reach_every_trained_part(tiny_parts, semantics, head):
@@ -70,6 +72,7 @@ def test_gradients_reach_every_trained_part(tiny_parts, semantics, head):
             assert parameter.grad is None, f"{name} is frozen"
 
 
+@pytest.mark.conformance
 def test_ce_is_the_llms_own_on_spliced_embeddings(fresh):
     """Cross-entropy of one utterance, put together by hand from embeddings."""
     model, processor = fresh
@@ -112,6 +115,7 @@ def test_logits_of_a_padded_batch_are_those_of_one(pair):
         assert (together.logits[i, :length] - alone.logits[0]).abs().max() <= 1e-4 * scale
 
 
+@pytest.mark.conformance
 def test_generate_in_a_batch_is_one_by_one(pair):
     model, processor = pair
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}

@@ -22,6 +22,7 @@ def scale_of(x: torch.Tensor) -> float:
     return float(x.abs().max())
 
 
+@pytest.mark.conformance
 @torch.no_grad()
 def test_full_window_is_whisper(encoder):
     mels = torch.randn(2, 80, 3000)
@@ -47,6 +48,7 @@ def test_an_attention_without_masks_is_refused_where_there_is_padding():
         encode_frames(encoder, torch.zeros(1, 80, 100), torch.tensor([80]))
 
 
+@pytest.mark.conformance
 @torch.no_grad()
 def test_alone_is_as_in_a_batch(encoder):
     lengths = [400, 96, 4, 252]

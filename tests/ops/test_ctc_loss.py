@@ -22,6 +22,7 @@ from tests.ops.ctc_cases import (
 from tests.ops.numerics import BACKWARD, FORWARD, assert_within_budget
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize(
     ("reduction", "blank"), [("none", 0), ("none", 3), ("mean", C - 1), ("mean", 0), ("sum", 3), ("none", C - 1)]
 )
@@ -60,6 +61,7 @@ def test_unbatched(backend, reduction):
         torch.testing.assert_close(got.cpu(), want)
 
 
+@pytest.mark.conformance
 def test_matches_recursion(backend):
     x = make_log_probs()
     want = reference.ctc_loss(x.cpu(), TARGETS, INPUT_LENGTHS)
@@ -78,6 +80,7 @@ def test_gradcheck_behind_log_softmax(backend):
     torch.autograd.gradcheck(f, (logits,), fast_mode=backend == "triton")
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_budget(backend, poison, dtype):
     x = make_log_probs(dtype, seed=torch.seed() % 1000)

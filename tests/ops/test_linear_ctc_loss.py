@@ -77,6 +77,7 @@ def check_values_and_gradients(reduction, grads, with_blank_row):
         torch.testing.assert_close(got_grad.cpu(), want_grad, **tolerance)
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize(("reduction", "grads", "with_blank_row"), EVERY)
 def test_values_and_gradients(reduction, grads, with_blank_row):
     check_values_and_gradients(reduction, grads, with_blank_row)
@@ -124,6 +125,7 @@ def budget(dtype, trainable, weight, hidden):
         assert_within_budget(*columns, FORWARD if i == 0 else BACKWARD)
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 6.0])

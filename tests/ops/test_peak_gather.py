@@ -88,6 +88,7 @@ def check_against_the_loop(seed: int, drop_blank: bool, B: int) -> None:
     assert kept(tokens, lengths.tolist(), blank=0, drop_blank=drop_blank, select="peak", scores=scores) == best
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("drop_blank", [False, True])
 def test_matches_the_loop(backend, seed, drop_blank):
@@ -104,6 +105,7 @@ def test_runs_and_batches_that_reach_over_many_blocks(seed, monkeypatch):
             check_against_the_loop(seed, drop_blank, 18)
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("capacity", [None, 3, 20])
 def test_gather_and_its_gradient(backend, poison, dtype, capacity):

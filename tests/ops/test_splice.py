@@ -157,6 +157,7 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32):
     return text, audio, placeholders, valid, labels, [part.to(DEVICE) for part in parts]
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("blocks", [None, 16])
 def test_matches_the_loop(backend, poison, seed, blocks, monkeypatch):
@@ -183,6 +184,7 @@ def test_matches_the_loop(backend, poison, seed, blocks, monkeypatch):
     assert torch.equal(packed.labels[0], torch.tensor(first_ignored, device=DEVICE)[keep])
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("seed", [4, 5])
 def test_gradients_against_the_loops(backend, poison, layout, seed):

@@ -67,6 +67,7 @@ def check_budget(tensors, lengths, **kwargs):
         assert_within_budget(*columns, BACKWARD if i else FORWARD)
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
@@ -139,6 +140,7 @@ def test_any_scale(backend, poison, scale, G):
     check_budget(make(RAGGED, 4, G, 24), RAGGED, softmax_scale=scale)
 
 
+@pytest.mark.conformance
 @SHARED_OR_NOT
 def test_rows_without_a_partner_are_exactly_zero(backend, poison, G):
     lengths = ([2, 3, 0, 4], [5, 0, 6, 3])
