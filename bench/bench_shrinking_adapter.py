@@ -104,7 +104,7 @@ def case(variant: str = "frames", dtype: str = DTYPE, **shape: int) -> Case:
         "ours": _provider(ours),
     }
     if not ON_GPU and D > 1000:  # seconds a call
-        del providers["eager, padded, compiled"]
+        del providers["eager, padded"], providers["eager, padded, compiled"]
     cost = cost_model.shrinking_adapter(B, valid // 8, valid // 8 if "kept" in variant else valid, D, H, dtype)
     return Case(
         "shrinking_adapter",

@@ -34,6 +34,7 @@ from soundwave_fast.cost_model import Cost
 from soundwave_fast.ops import gemm
 
 ROUNDS = 7
+LEAST_ROUNDS, LONGEST_SECONDS = 3, 8.0  # a case that takes longer ends early
 TURN_SECONDS = 0.02  # of a turn on a CPU
 FLUSH_BYTES = 256 << 20  # larger than any L2
 INPUT_SETS = 2  # a GPU rotates among so many, so that no round finds its inputs in the cache
@@ -214,7 +215,10 @@ def _measure(case: Case) -> Measured:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=where) if where.type == "cuda" else None
     clock = functools.partial(_clock_cuda, flush=flush) if flush is not None else _clock_cpu
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    begun = time.perf_counter()
     for round_ in range(warmup + case.rounds):
+        if round_ >= LEAST_ROUNDS and time.perf_counter() - begun > LONGEST_SECONDS:
+            break  # steps of seconds: their median is one of few
         for name, sets in steps.items():
             sample = clock(sets[round_ % len(sets)])
             if round_ >= warmup:
@@ -280,7 +284,8 @@ def _server():
     wanted = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
     before = {name: os.environ.get(name) for name in wanted}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.harness", "bench.parts"])
+    benches = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py"))
+    context.set_forkserver_preload(["bench.parts", *(f"bench.{name}" for name in benches)])
     os.environ.update(wanted)
     try:
         forkserver.ensure_running()
