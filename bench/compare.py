@@ -42,7 +42,8 @@ def _run(tree: Path, expression: str, scratch: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", f"--benchmark-json={target}", "-q"]
     command += ["--no-memory", "--no-conformance", "-p", "no:cacheprovider", "--rootdir", str(tree)]
     command += ["-k", f"ours and ({expression})" if expression else "ours"]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}  # before the installed package
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(tree)  # before the installed package
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if not target.exists():
         raise ValueError(f"{tree.name}: {(done.stdout + done.stderr).strip()[-800:]}")

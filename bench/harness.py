@@ -3,8 +3,7 @@
 A `Case` is one op at one shape; its providers are ways to compute it (eager, ours, installed peers). All providers of
 a case are timed in one process, round robin (A B C A B C ...), so a machine that slows down slows all of them and
 the ratio holds. pytest-benchmark stores, compares and prints the samples; the clock is ours: CUDA events around one
-call after an L2 flush on a GPU; on a CPU the wall clock over as many calls as fill 20 ms, with a heap that keeps
-what is freed.
+call after an L2 flush on a GPU; on a CPU the wall clock over as many calls as fill 20 ms.
 """
 
 from __future__ import annotations
