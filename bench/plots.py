@@ -28,9 +28,8 @@ def ratios(rows: list[dict], machine: dict, path: Path) -> None:
         axis.text(end, y, f"   {row['eager_ratio']:.2f}x {row['provider']}", va="center", fontsize=7, color=INK)
     axis.axvline(1.0, color=INK, linewidth=1)
     axis.set_yticks(at, [label.replace("\n", ", ") for label in labels], fontsize=7)
-    axis.set_xlabel(
-        "times faster than the fastest eager code (bar: median, line: range) and than the released way (diamond)"
-    )
+    says = "times faster than the fastest eager code (bar: median, line: range) and than the released way (diamond)"
+    axis.set_xlabel(says, fontsize=8, loc="right")
     axis.set_title(f"{machine['device']}, commit {machine['commit'][:7]}", fontsize=9, loc="left")
     axis.set_xlim(0, max(max(row["eager_high"], row["ratio"]) for row in shown) * 1.25)
     axis.grid(axis="y", visible=False)

@@ -155,9 +155,10 @@ def headline(machine: dict, rows: list[dict], plot: str) -> list[str]:
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['versions'].get('torch', '?')}"
     note = "forward and backward but for `generate`; every row, with spread, peers and where ours is slower"
     lines += ["", f"Measured on {where}, commit `{machine['commit'][:7]}`: {note}: `bench/RESULTS.md`."]
-    growth = SCALING / f"{'cuda' if 'cuda' in machine else 'cpu'}_linear_ctc_loss.png"
-    if growth.exists():
-        lines += ["", f"![linear_ctc_loss as T, B, V and D grow]({growth.relative_to(ROOT)})"]
+    points = SCALING / f"{'cuda' if 'cuda' in machine else 'cpu'}.json"
+    if points.exists():  # its plots are drawn after this
+        picture = points.with_name(f"{points.stem}_linear_ctc_loss.png").relative_to(ROOT)
+        lines += ["", f"![linear_ctc_loss as T, B, V and D grow]({picture})"]
     return lines
 
 
