@@ -99,7 +99,8 @@ def describe_machine() -> dict:
             info["clocks"] = ""
     else:
         info["device"] = _cpu("model name") or platform.processor() or platform.machine()
-        info["clocks"] = f"{float(_cpu('cpu MHz') or 0):.0f} MHz"
+        megahertz = _cpu("cpu MHz")
+        info["clocks"] = f"{float(megahertz):.0f} MHz" if megahertz else ""
     return info
 
 

@@ -26,8 +26,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from bench import sources
-from bench.sources import ROOT
+from bench.sources import ROOT, imported
 from soundwave_fast import cost_model
 from soundwave_fast.cost_model import Cost
 from soundwave_fast.ops import gemm
@@ -57,7 +56,7 @@ class Case:
     dtype: str = "float32"
     cost: Cost | None = None
     sources: tuple[str, ...] = ()  # files whose change makes the row stale, beside the op's own
-    tests: str = ""  # conformance tests that must pass; tests/ops/test_<op>.py if empty
+    tests: str = ""  # the file whose tests marked "conformance" must pass; tests/ops/test_<op>.py if empty
     budget: float = 2e-2  # providers' results may differ so much from the baseline's, relative to its largest value
     rounds: int = ROUNDS
     peers: tuple[str, ...] = ()  # providers that are neither eager code nor ours: kernels of others
@@ -71,8 +70,7 @@ class Case:
     @property
     def eager(self) -> list[str]:
         """Providers that are written in eager torch: the fastest of them is what the report compares with first."""
-        others = ("ours", *self.peers)
-        return [name for name in self.providers if not name.startswith(others) and "compiled" not in name]
+        return [x for x in self.providers if not x.startswith(("ours", *self.peers)) and "compiled" not in x]
 
     @property
     def id(self) -> str:
@@ -88,7 +86,7 @@ class Case:
         own += [f"csrc_triton/{self.op}.py", f"csrc_triton/{self.op}", f"bench/bench_{self.op}.py"]
         own = [name for name in (*own, *self.sources) if (ROOT / name).exists()]
         folders = tuple(f"{name}/" for name in own if (ROOT / name).is_dir())
-        return sorted({*own, *(name for name in sources.imported(own) if not name.startswith(folders))})
+        return sorted({*own, *(name for name in imported(own) if not name.startswith(folders))})
 
 
 def device() -> torch.device:
@@ -146,8 +144,7 @@ def _keep_freed_memory() -> None:
 
 def _make(case: Case, where: torch.device) -> tuple[dict[str, list[Step]], dict[str, float], dict[str, str]]:
     """Steps of each provider, all run once; how far their results are from the baseline's; why others are missing."""
-    steps, difference, missing = {}, {}, {}
-    baseline = None
+    steps, difference, missing, baseline = {}, {}, {}, None
     for name, make in case.providers.items():
         try:
             sets = INPUT_SETS if where.type == "cuda" else 1
@@ -196,7 +193,6 @@ def measure(case: Case) -> Measured:
             _measured[key] = _measure(case)
         except Exception as error:
             _measured[key] = error
-            raise
         finally:
             gc.collect()
     found = _measured[key]
@@ -216,7 +212,7 @@ def _measure(case: Case) -> Measured:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     begun = time.perf_counter()
     for round_ in range(warmup + case.rounds):
-        if round_ >= LEAST_ROUNDS and time.perf_counter() - begun > LONGEST_SECONDS:
+        if round_ >= warmup + LEAST_ROUNDS and time.perf_counter() - begun > LONGEST_SECONDS:
             break  # steps of seconds: their median is one of few
         for name, sets in steps.items():
             sample = clock(sets[round_ % len(sets)])
@@ -252,6 +248,11 @@ def extra_peak_mib(step: Step, where: torch.device) -> float | None:
     before = _status_kib("VmRSS")
     step()
     return (_status_kib("VmHWM") - before) / 1024
+
+
+def has_memory_row(provider: str) -> bool:
+    """Not what is compiled on a CPU, where a process of its own would spend its time in the compiler."""
+    return device().type == "cuda" or "compiled" not in provider
 
 
 def peak_in_child(module: str, case: Case, provider: str) -> float | None:
@@ -390,8 +391,7 @@ def record(benchmark, request, case: Case, provider: str) -> None:
             info.update(floor_seconds=floor, of_floor=floor / median(samples))
     if case.note:
         info["note"] = case.note
-    compiled = "compiled" in provider and device().type == "cpu"  # the process would spend its time in the compiler
-    if not smoke and not compiled and not request.config.getoption("--no-memory"):
+    if not smoke and has_memory_row(provider) and not request.config.getoption("--no-memory"):
         info["extra_peak_mib"] = peak_in_child(request.module.__name__, case, provider)
     timer, benchmark._timer = benchmark._timer, _Replay(samples)
     try:

@@ -53,15 +53,12 @@ def _points(module: str, along: str, value: int, case: harness.Case, memory: boo
             "provider": provider,
             "seconds": statistics.median(samples),
             "floor_seconds": floor,
-            "extra_peak_mib": None if not memory or _slow(provider) else harness.peak_in_child(module, case, provider),
+            "extra_peak_mib": harness.peak_in_child(module, case, provider)
+            if memory and harness.has_memory_row(provider)
+            else None,
         }
         for provider, samples in measured.seconds.items()
     ]
-
-
-def _slow(provider: str) -> bool:
-    """Whether a process of its own would spend its time in the compiler."""
-    return "compiled" in provider and harness.device().type == "cpu"
 
 
 def _write(path: Path, document: dict) -> None:
@@ -82,7 +79,7 @@ def _kept(path: Path, machine: dict, memory: bool) -> list[dict]:
         point
         for point in document["points"]
         if not stale(point["commit"], tuple(point["files"]))
-        and (not memory or point["extra_peak_mib"] is not None or _slow(point["provider"]))
+        and (not memory or point["extra_peak_mib"] is not None or not harness.has_memory_row(point["provider"]))
     ]
 
 

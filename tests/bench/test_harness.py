@@ -52,6 +52,12 @@ def test_the_fastest_eager_provider_is_known():
     assert harness.Case("x", "y", {}, names, peers=("peer",)).eager == ["eager as released", "eager, padded"]
 
 
+def test_a_long_case_ends_early_but_not_before_three_rounds(monkeypatch):
+    monkeypatch.setattr(harness, "LONGEST_SECONDS", 0.01)
+    long = harness.Case("ctc_loss", "long", {"B": 2}, {"eager": sleeper(0.02)}, rounds=21)
+    assert len(harness.measure(long).seconds["eager"]) == 3, "beside the rounds that warm up"
+
+
 def test_a_case_that_fails_is_tried_once():
     made = []
 
