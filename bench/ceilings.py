@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench import harness
-from bench.conftest import describe_machine
+from bench.machine import describe_machine
 
 N, D, V, ALIGNED, CUBE = 6000, 4096, 128257, 128320, 8192
 GIB = 4 << 30

@@ -19,7 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench import harness, plots
-from bench.conftest import describe_machine, nonconforming
+from bench.conformance import nonconforming
+from bench.machine import describe_machine
 from bench.report import stale
 from soundwave_fast import cost_model
 

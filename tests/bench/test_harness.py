@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import conftest, harness, sources
+from bench import conformance, harness, sources
 from soundwave_fast import cost_model
 
 
@@ -97,14 +97,14 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path, monkeypatch):
     op = harness.Case("toy", "", {}, {}, tests=str(tests))
     head = "import pytest\n@pytest.mark.conformance\ndef test_it():\n    assert "
     tests.write_text(head + "1 == 2\n")
-    assert "assert 1 == 2" in conftest.nonconforming(op, cache) and not kept
+    assert "assert 1 == 2" in conformance.nonconforming(op, cache) and not kept
     tests.write_text(head + "2 == 2\n")
-    assert conftest.nonconforming(op, cache) == "" and len(kept) == 1
+    assert conformance.nonconforming(op, cache) == "" and len(kept) == 1
     with monkeypatch.context() as patched:
-        patched.setattr(conftest.subprocess, "run", lambda *_, **__: pytest.fail("a pass is remembered"))
-        assert conftest.nonconforming(op, cache) == ""
+        patched.setattr(conformance.subprocess, "run", lambda *_, **__: pytest.fail("a pass is remembered"))
+        assert conformance.nonconforming(op, cache) == ""
     tests.write_text("def test_it():\n    pass\n")
-    assert conftest.nonconforming(op, cache), "nothing that says it conforms"
+    assert conformance.nonconforming(op, cache), "nothing that says it conforms"
 
 
 def test_peak_memory_in_a_process_of_its_own():
