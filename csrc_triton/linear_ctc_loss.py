@@ -117,9 +117,11 @@ def update_chunk(
     """Take one chunk of logits into the softmax over the vocabulary, and leave its exponentials in out_Nw.
 
     Compact columns are picked and then count as 0 in out_Nw. The offset is the first chunk's maximum and follows a
-    later one only when that is far above, so that expected_ND is rescaled in few rows or none. Returns None: out_Nw
-    already stands relative to the offset.
+    later one only when that is far above, so that expected_ND is rescaled in few rows or none; where neither out_Nw nor
+    expected_ND is wanted it always follows: the best class loses no digit. Returns None: out_Nw already stands relative
+    to the offset.
     """
+    lazy = 0.0 if out_Nw is None and expected_ND is None else _LAZY_FLOAT16 if z_Nw.dtype == torch.float16 else _LAZY
     N, w = z_Nw.shape
     room = min(-(-w // 16) * 16, *(x.stride(0) for x in (z_Nw, out_Nw) if x is not None))
     D = 1 if expected_ND is None else expected_ND.shape[1]
@@ -144,7 +146,7 @@ def update_chunk(
             z_Nw.stride(0),
             0 if out_Nw is None else out_Nw.stride(0),
             running_3N.stride(0),
-            LAZY=_LAZY_FLOAT16 if z_Nw.dtype == torch.float16 else _LAZY,
+            LAZY=lazy,
             HAS_OUT=out_Nw is not None,
             HAS_ARGMAX=argmax_N is not None,
             HAS_EXPECTED=expected_ND is not None,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soundwave_fast.model.config import SoundwaveConfig
-from soundwave_fast.ops import linear_ctc_loss
+from soundwave_fast.ops import linear_argmax, linear_ctc_loss
 
 
 class CTCHead(nn.Module):
@@ -62,23 +61,23 @@ class CTCHead(nn.Module):
             targets_BS, blank = self._to_candidates(targets_BS, target_lengths, candidates)
             rows = candidates if self.tied else torch.cat([candidates, candidates.new_tensor([self.blank])])
             weight = weight.index_select(0, rows)
-        nll_B = linear_ctc_loss(
+        has_text = (target_lengths > 0).to(hidden_BTD.device)
+        per_token_B = has_text.double() / target_lengths.to(hidden_BTD.device).clamp_min(1)
+        total = linear_ctc_loss(
             hidden_BTD,
             weight,
             targets_BS,
             lengths,
             target_lengths,
             blank=blank,
-            reduction="none",
+            reduction="sum",
             zero_infinity=True,
             return_argmax=return_argmax,
             blank_row=blank_row,
+            utterance_weights=per_token_B,
         )
-        nll_B, tokens = nll_B if return_argmax else (nll_B, None)
-        target_lengths = target_lengths.to(nll_B.device)
-        has_text = target_lengths > 0
-        per_token = torch.where(has_text, nll_B, 0.0) / target_lengths.clamp_min(1)
-        return per_token.sum(), has_text.sum(), tokens
+        total, tokens = total if return_argmax else (total, None)
+        return total, has_text.sum(), tokens
 
     @staticmethod
     def _to_candidates(targets_BS: Tensor, target_lengths: Tensor, candidates: Tensor) -> tuple[Tensor, int]:
@@ -88,33 +87,18 @@ class CTCHead(nn.Module):
             raise ValueError("candidates: does not contain every target token")
         return position, len(candidates)
 
-    def forward(self, hidden_BTD: Tensor, embedding_VD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_BTD: Tensor, lengths: Tensor | None = None, embedding_VD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`greedy`."""
-        return self.greedy(hidden_BTD, embedding_VD)
+        return self.greedy(hidden_BTD, lengths, embedding_VD)
 
-    @torch.no_grad()
     def greedy(
         self,
         hidden_BTD: Tensor,
+        lengths: Tensor | None = None,  # (B,) frames; None: all
         embedding_VD: Tensor | None = None,
-        chunk: int = 16384,
-    ) -> tuple[Tensor, Tensor]:  # tokens (B, T), their log-probabilities (B, T)
-        """Most probable class of every frame and its log-probability, the vocabulary walked in chunks of columns."""
+    ) -> tuple[Tensor, Tensor]:  # (B, T) each, without gradients
+        """Most probable class of every frame and its log-probability; past a length the blank and 0."""
         weight, blank_row = self._rows(embedding_VD)
-        rows_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        best, token, lse = None, None, None
-        pieces = [(start, weight[start : start + chunk]) for start in range(0, weight.shape[0], chunk)]
-        if blank_row is not None:
-            pieces.append((self.blank, blank_row[None]))
-        for start, piece in pieces:
-            scores = F.linear(rows_RD, piece.to(rows_RD.dtype)).float()
-            high, arg = scores.max(-1)
-            total = scores.logsumexp(-1)
-            if best is None:
-                best, token, lse = high, arg + start, total
-            else:
-                token = torch.where(high > best, arg + start, token)  # strict: the lowest index wins a tie, as in torch
-                best = torch.maximum(best, high)
-                lse = torch.logaddexp(lse, total)
-        shape = hidden_BTD.shape[:2]
-        return token.view(shape), (best - lse).view(shape)
+        return linear_argmax(hidden_BTD, weight, lengths, self.blank, blank_row=blank_row)

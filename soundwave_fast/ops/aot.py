@@ -78,6 +78,12 @@ def _linear_ctc(dtype: torch.dtype, D: int, trainable: bool) -> None:
     loss.backward()
 
 
+def _argmax(dtype: torch.dtype, D: int) -> None:
+    from soundwave_fast.ops import linear_argmax
+
+    linear_argmax(torch.randn(2, 20, D).to(dtype), torch.randn(20_000, D).to(dtype), torch.tensor([20, 17]))
+
+
 def _peaks(dtype: torch.dtype, D: int, select: str) -> None:
     from soundwave_fast.ops import peak_gather
 
@@ -117,6 +123,7 @@ def _calls(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
     for D in (64, 4096):
         for trainable in (False, True):
             yield partial(_linear_ctc, dtype, D, trainable)
+        yield partial(_argmax, dtype, D)
         for select in ("first", "peak"):
             yield partial(_peaks, dtype, D, select)
         for layout in ("right", "left", "packed"):

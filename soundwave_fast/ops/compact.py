@@ -38,6 +38,13 @@ class CompactTargets:
         )
 
 
+def lengths_tensor(lengths: Lengths) -> Tensor:
+    """Lengths as a custom op takes them: a tensor as it is, wherever it lies, a sequence or a number on the CPU."""
+    if isinstance(lengths, Tensor):
+        return lengths
+    return torch.tensor([lengths] if isinstance(lengths, int) else list(lengths), dtype=torch.int64)
+
+
 def compact_targets(
     targets: Tensor,  # (B, S) padded or (sum of target_lengths,) concatenated, int32 or int64
     input_lengths: Lengths,  # (B,)

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from soundwave_fast.ops.backend import implementation, refuse_dtensor
-from soundwave_fast.ops.compact import Lengths, check_reduction, compact_targets, mean_weights, reduce_loss
-from soundwave_fast.ops.linear_ctc_parts import Frames, Head
+from soundwave_fast.ops.compact import (
+    Lengths,
+    check_reduction,
+    compact_targets,
+    lengths_tensor,
+    mean_weights,
+    reduce_loss,
+)
+from soundwave_fast.ops.linear_ctc_parts import Frames, Head, checked_head
 from soundwave_fast.ops.linear_ctc_passes import frozen_pass, trained_pass
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def linear_ctc_loss(
@@ -28,6 +33,7 @@ def linear_ctc_loss(
     return_argmax: bool = False,
     *,
     blank_row: Tensor | None = None,  # (D,)
+    utterance_weights: Tensor | None = None,  # (B,) floating point
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ctc_loss(log_softmax(hidden @ weight.T))` in chunks, as one op (Soundwave, stage 1's loss, section 2.2).
 
@@ -38,8 +44,12 @@ def linear_ctc_loss(
     With blank_row the blank is class V, scored by that row: `weight` may be a frozen LLM embedding and is neither
     copied nor given a gradient, while blank_row trains. blank must then be V.
 
+    utterance_weights multiply each utterance's loss before the reduction (0 takes it out, whatever it is); they get no
+    gradient.
+
     A weight that needs no gradient costs two GEMMs forward and backward together (one without any gradient); a
-    trainable weight three, or four with reduction="none", whose per-utterance gradients are known only in backward.
+    trainable weight three, or four with reduction="none", whose per-utterance gradients are known only in backward:
+    utterance_weights with "sum" say the same in three. Three keep the weight's gradient from forward to backward.
 
     Returns the loss, float32 (float64 for float64 input), () or (B,) for "none"; with return_argmax also the best
     class of every frame, (B, T) int64, the lowest among equals and `blank` past the input length.
@@ -48,62 +58,50 @@ def linear_ctc_loss(
     the host (a list, a CPU tensor) also save the work on them. A target that does not fit its input gives inf (0 with
     zero_infinity) and no gradient. Targets past target_lengths are never read. Nothing waits for an accelerator.
 
-    Raises ValueError for shapes that disagree, lengths out of range and labels outside [0, V) or equal to blank;
-    TypeError for dtypes, and for a DTensor. On an accelerator values are not looked at: a wrong length or label makes
-    the loss of its utterance NaN, and its gradient 0.
+    Raises ValueError for shapes that disagree, lengths out of range, labels outside [0, V) or equal to blank and
+    utterance_weights that require a gradient; TypeError for dtypes, and for a DTensor. On an accelerator values are not
+    looked at: a wrong length or label makes the loss of its utterance NaN, and its gradient 0.
     """
     refuse_dtensor("linear_ctc_loss", hidden=hidden, weight=weight, blank_row=blank_row)
     check_reduction(reduction)
-    _check_tensors(hidden, weight, blank_row)
-    V = weight.shape[0]
-    if blank_row is not None and blank != V:
-        raise ValueError(f"blank must be {V}, the class behind weight's rows, when blank_row is given; got {blank}")
-    if blank_row is None and not 0 <= blank < V:
-        raise ValueError(f"blank must lie in [0, {V}), got {blank}")
-    device = hidden.device
-    if torch.is_autocast_enabled(device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(device.type))
-    elif hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one of them, or call under torch.autocast"
-        )
-    if blank_row is not None:
-        blank_row = blank_row.to(hidden.dtype)  # one row: a trainable float32 blank beside a bf16 embedding is fine
+    hidden, blank_row = checked_head(hidden, weight, blank_row, blank)
+    _check_weights(utterance_weights, hidden)
     grad = torch.is_grad_enabled()
     need_hidden = grad and hidden.requires_grad
     need_blank = grad and blank_row is not None and blank_row.requires_grad
-    lengths = [
-        x if isinstance(x, Tensor) else torch.tensor([x] if isinstance(x, int) else list(x), dtype=torch.int64)
-        for x in (input_lengths, target_lengths)
-    ]
+    lengths = [lengths_tensor(x) for x in (input_lengths, target_lengths)]
     arguments = (hidden, weight, blank_row, targets, *lengths, blank)
     if grad and weight.requires_grad and reduction != "none":
-        loss, argmax, *_ = _reduced(*arguments, need_hidden, return_argmax, reduction == "mean", zero_infinity)
+        mean = reduction == "mean"
+        loss, argmax, *_ = _reduced(*arguments, utterance_weights, need_hidden, return_argmax, mean, zero_infinity)
     else:
         # Gradients per utterance of a trainable weight would be B weights: backward makes them once it knows the sum.
         deferred = grad and weight.requires_grad
         nll_B, argmax, *_ = _nll(*arguments, need_hidden and not deferred, need_blank and not deferred, return_argmax)
         if zero_infinity:
             nll_B = nll_B.masked_fill(nll_B == torch.inf, 0.0)
-        loss = reduce_loss(nll_B, lengths[1].reshape(-1).to(device, non_blocking=True), reduction)
+        nll_B = _weighted(nll_B, utterance_weights)
+        loss = reduce_loss(nll_B, lengths[1].reshape(-1).to(hidden.device, non_blocking=True), reduction)
     return (loss, argmax) if return_argmax else loss
 
 
-def _check_tensors(hidden: Tensor, weight: Tensor, blank_row: Tensor | None) -> None:
-    for name, x in (("hidden", hidden), ("weight", weight), ("blank_row", blank_row)):
-        if x is None:
-            continue
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-        if x.device != hidden.device:
-            raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}")
-    if hidden.dim() != 3:
-        raise ValueError(f"hidden must be (B, T, D), got {tuple(hidden.shape)}")
-    D = hidden.shape[2]
-    if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] == 0:
-        raise ValueError(f"weight must be (V, {D}) with V > 0, got {tuple(weight.shape)}")
-    if blank_row is not None and blank_row.shape != (D,):
-        raise ValueError(f"blank_row must be ({D},), got {tuple(blank_row.shape)}")
+def _check_weights(weights: Tensor | None, hidden: Tensor) -> None:
+    if weights is None:
+        return
+    if weights.shape != hidden.shape[:1] or weights.device != hidden.device:
+        raise ValueError(
+            f"utterance_weights must be ({hidden.shape[0]},) on {hidden.device}, got {tuple(weights.shape)} on "
+            f"{weights.device}"
+        )
+    if not weights.is_floating_point():
+        raise TypeError(f"utterance_weights must be floating point, got {weights.dtype}")
+    if weights.requires_grad:
+        raise ValueError("utterance_weights must not require a gradient: none is computed")
+
+
+def _weighted(nll_B: Tensor, weights: Tensor | None) -> Tensor:
+    """Each loss times its weight; 0 times anything is 0."""
+    return nll_B if weights is None else torch.where(weights == 0, 0.0, nll_B * weights.to(nll_B.dtype))
 
 
 # Custom ops return a tensor of no elements in the place of what was not asked for.
@@ -244,6 +242,7 @@ def _reduced(
     input_lengths: Tensor,
     target_lengths: Tensor,
     blank: int,
+    weights: Tensor | None,
     need_hidden: bool,
     need_argmax: bool,
     mean: bool,
@@ -254,18 +253,19 @@ def _reduced(
         frames, head = _frames(hidden, weight, blank_row, targets, input_lengths, target_lengths, blank)
         scale_B = mean_weights(frames.compact.target_lengths_B, torch.float64)
         scale_B = scale_B if mean else torch.ones_like(scale_B)
+        scale_B = scale_B if weights is None else scale_B * weights
         nll_B, argmax_N, dx_ND, dw_VD, dblank_D = trained_pass(frames, head, scale_B, need_hidden, need_argmax)
         argmax, dx = _outputs(frames, blank, argmax_N, dx_ND, hidden.dtype)
     if zero_infinity:
         nll_B = nll_B.masked_fill(nll_B == torch.inf, 0.0)
-    loss = (nll_B * scale_B).sum().to(_loss_dtype(hidden))
+    loss = _weighted(nll_B, scale_B).sum().to(_loss_dtype(hidden))
     dblank = hidden.new_empty(0, dtype=loss.dtype) if blank_row is None else dblank_D
     return loss, argmax, dx, dw_VD.to(_kept_dtype(weight.dtype)), dblank
 
 
 @_reduced.register_fake
 def _(
-    hidden, weight, blank_row, targets, input_lengths, target_lengths, blank, need_hidden, need_argmax, mean,
+    hidden, weight, blank_row, targets, input_lengths, target_lengths, blank, weights, need_hidden, need_argmax, mean,
     zero_infinity,
 ):  # fmt: skip
     B, T, D = hidden.shape
@@ -335,9 +335,9 @@ def _reduced_setup(ctx, inputs, output) -> None:
 
 def _reduced_grads(ctx, grad, *_):
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     grads = _reduced_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
-    return *(x if need else None for x, need in zip(grads, ctx.needs_input_grad[:3])), *[None] * 8
+    return *(x if need else None for x, need in zip(grads, ctx.needs_input_grad[:3])), *[None] * 9
 
 
 _nll.register_autograd(_nll_grads, setup_context=_nll_setup)

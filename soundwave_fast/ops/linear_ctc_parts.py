@@ -16,6 +16,44 @@ from torch import Tensor
 from soundwave_fast.ops.backend import implementation
 from soundwave_fast.ops.compact import CompactTargets
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def checked_head(
+    hidden: Tensor,  # (B, T, D)
+    weight: Tensor,  # (V, D)
+    blank_row: Tensor | None,  # (D,)
+    blank: int,
+) -> tuple[Tensor, Tensor | None]:
+    """hidden in autocast's dtype, if that is on, and blank_row in hidden's. ValueError or TypeError: see the ops."""
+    for name, x in (("hidden", hidden), ("weight", weight), ("blank_row", blank_row)):
+        if x is None:
+            continue
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+        if x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device}, hidden on {hidden.device}")
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden must be (B, T, D), got {tuple(hidden.shape)}")
+    D = hidden.shape[2]
+    if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] == 0:
+        raise ValueError(f"weight must be (V, {D}) with V > 0, got {tuple(weight.shape)}")
+    if blank_row is not None and blank_row.shape != (D,):
+        raise ValueError(f"blank_row must be ({D},), got {tuple(blank_row.shape)}")
+    V = weight.shape[0]
+    if blank_row is not None and blank != V:
+        raise ValueError(f"blank must be {V}, the class behind weight's rows, when blank_row is given; got {blank}")
+    if blank_row is None and not 0 <= blank < V:
+        raise ValueError(f"blank must lie in [0, {V}), got {blank}")
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one of them, or call under torch.autocast"
+        )
+    # one row: a trainable float32 blank beside a bf16 embedding is fine
+    return hidden, None if blank_row is None else blank_row.to(hidden.dtype)
+
 
 @dataclass(frozen=True)
 class Head:

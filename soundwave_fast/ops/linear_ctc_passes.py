@@ -1,10 +1,10 @@
-"""The GEMM passes behind linear_ctc_loss, without autograd: one for a frozen head, one that makes all gradients.
+"""The GEMM passes behind linear_ctc_loss and linear_argmax: no gradients, a frozen head's, or all of them.
 
 With z = x W^T, p = softmax(z), gamma the CTC occupancy and g_b the incoming gradient of utterance b:
 
     d/dx_t = g_b (sum_v p_tv W_v - sum_k gamma_t(k) W_k)          d/dW_v = sum_t g_b (p_tv - gamma_t(v)) x_t
 
-Both walk the vocabulary in chunks and keep exponentials relative to an offset of their row; the missing factor, with
+All walk the vocabulary in chunks and keep exponentials relative to an offset of their row; the missing factor, with
 g_b, goes onto the small operands: the rows of dX after their GEMM, the rows of x before dW's. Compact columns k (blank
 and labels, where gamma lives) are taken out of the exponentials, and (p - gamma)(k) is added in float32 or better at
 the end. p and gamma nearly cancel in a trained model, so in half precision this keeps the rounding error relative to
@@ -115,6 +115,15 @@ def _walk(
             chunks.append(Chunk(start, kept_Nw, base_N))
         del z_Nw, kept_Nw, out_Nw  # the next chunk shall find this one's memory, while it is in the cache
     return chunks
+
+
+def best_classes(frames: Frames, head: Head) -> tuple[Tensor, Tensor]:
+    """Every row's most probable class (N,) int64 and its log-probability (N,), in float32 or better. One GEMM."""
+    softmax = Softmax.start(frames, need_argmax=True)
+    for rows in frames.groups(_limit(FROZEN_ROWS, frames.x_ND)):
+        _walk(frames, rows, head, softmax[rows], None, None)
+    # Both come from the same chunk values, so the best exceeds the logsumexp by rounding at most.
+    return softmax.argmax_N, (softmax.running_3N[0] - softmax.logsumexp()).clamp_(max=0.0)
 
 
 def frozen_pass(

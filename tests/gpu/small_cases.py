@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import torch
 
-from soundwave_fast.ops import ctc_loss, linear_ctc_loss, peak_gather, splice, varlen_cross_attention
+from soundwave_fast.ops import ctc_loss, linear_argmax, linear_ctc_loss, peak_gather, splice, varlen_cross_attention
 from soundwave_fast.ops.backend import use_backend
 from soundwave_fast.packed import pack
 
@@ -45,6 +45,11 @@ def linear_ctc(trainable: bool, D: int = 24, V: int = 83, dtype: torch.dtype = t
     lengths = torch.tensor([11, 7], device=DEVICE), torch.tensor([4, 2], device=DEVICE)
     targets = torch.randint(1, V, (2, 4), device=DEVICE)
     linear_ctc_loss(hidden, weight, targets, *lengths, return_argmax=True)[0].backward()
+
+
+def argmax(D: int = 24, V: int = 83, dtype: torch.dtype = torch.float32) -> None:
+    hidden, weight, row = (_leaf(*shape, dtype=dtype) for shape in ((2, 11, D), (V, D), (D,)))
+    linear_argmax(hidden, weight, torch.tensor([11, 7], device=DEVICE), V, blank_row=row)
 
 
 def peaks(select: str, D: int = 40, dtype: torch.dtype = torch.float32) -> None:
@@ -80,6 +85,7 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_ctc frozen": lambda: linear_ctc(False),
     "linear_ctc trainable": lambda: linear_ctc(True),
     "linear_ctc bfloat16": lambda: linear_ctc(True, dtype=torch.bfloat16),
+    "linear_argmax": argmax,
     "peaks first": lambda: peaks("first"),
     "peaks best": lambda: peaks("peak"),
     "splice right": lambda: splicing("right"),

@@ -217,7 +217,8 @@ def test_whole_model_without_the_llm(tiny_parts, tmp_path):
     model.save_pretrained(tmp_path)
     light = SoundwaveForConditionalGeneration.from_pretrained(tmp_path, with_language_model=False).eval()
     inputs = tiny.training_inputs(processor)
-    assert torch.equal(light(**inputs).ctc_sum, model(**inputs).ctc_sum)
+    with torch.no_grad():  # with gradients the two differ by rounding: the embedding that was loaded alone needs one
+        assert torch.equal(light(**inputs).ctc_sum, model(**inputs).ctc_sum)
 
 
 def test_adapters_that_do_not_fit_are_named(tiny_parts, tmp_path):

@@ -156,7 +156,8 @@ def test_opcheck(trainable, with_blank_row):
     args = (hidden, weight, blank_row, padded(), *lengths, blank)
     torch.library.opcheck(op._nll, (*args, not trainable, with_blank_row and not trainable, True))
     if trainable:
-        torch.library.opcheck(op._reduced, (*args, True, True, True, True))
+        for weights in (None, torch.rand(B, device=DEVICE)):
+            torch.library.opcheck(op._reduced, (*args, weights, True, True, True, True))
         plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
         torch.library.opcheck(op._nll_gradients, (torch.ones(B, device=DEVICE), *plain, False))
 
@@ -232,6 +233,9 @@ class DTensor(torch.Tensor):
         ({"target_lengths": [3]}, ValueError, "target_lengths"),
         ({"target_lengths": torch.tensor([2.0])}, TypeError, "target_lengths"),
         ({"reduction": "max"}, ValueError, "reduction"),
+        ({"utterance_weights": torch.ones(2)}, ValueError, "utterance_weights"),
+        ({"utterance_weights": torch.ones(1, dtype=torch.long)}, TypeError, "utterance_weights"),
+        ({"utterance_weights": torch.ones(1, requires_grad=True)}, ValueError, "utterance_weights"),
     ],
 )
 def test_refuses(change, error, name):

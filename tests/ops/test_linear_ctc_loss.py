@@ -88,6 +88,28 @@ def test_values_and_gradients_on_both_backends(backend, poison, lengths_known, r
     check_values_and_gradients(reduction, grads, with_blank_row)
 
 
+@pytest.mark.conformance
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_utterance_weights_are_weighted_losses(backend, poison, reduction, trainable):
+    """The last utterance does not fit its target: its infinite loss times a weight of 0 is 0."""
+    weights = torch.tensor([0.5, 2.0, 0.0, -1.5, 0.0], device=DEVICE)
+    tensors = [x.requires_grad_() for x in make()]
+    tensors[1].requires_grad_(trainable)
+    asked = [x for x in tensors if x.requires_grad]
+    args = (padded(), INPUT_LENGTHS, TARGET_LENGTHS, V)
+    got = linear_ctc_loss(*tensors[:2], *args, reduction, blank_row=tensors[2], utterance_weights=weights)
+    nll = linear_ctc_loss(*tensors[:2], *args, "none", blank_row=tensors[2])
+    assert nll[-1] == torch.inf
+    scale = weights.double()
+    if reduction == "mean":
+        scale = scale / (torch.tensor(TARGET_LENGTHS, device=DEVICE).clamp(min=1) * B)
+    want = torch.where(scale == 0, 0.0, nll * scale)
+    torch.testing.assert_close(got, want if reduction == "none" else want.sum(), rtol=1e-12, atol=0)
+    for ours, theirs in zip(*(torch.autograd.grad(x.sum(), asked) for x in (got, want)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradcheck(trainable, reduction):

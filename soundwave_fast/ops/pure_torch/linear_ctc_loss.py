@@ -26,6 +26,7 @@ def update_chunk(
 
     Compact columns are picked and then count as 0 in out_Nw: their p - occupancy is added elsewhere, in float32 or
     better. Returns (N,), what out_Nw must be multiplied by to stand relative to the new offset; None stands for 1.
+    Where neither out_Nw nor expected_ND is wanted the offset is the maximum itself: the best class loses no digit.
     """
     hits = list(_hits(start, z_Nw.shape[1], columns_BK, utterance_N))
     for rows, slots, local in hits:
@@ -43,7 +44,12 @@ def update_chunk(
     # probability: exp(top) / sum. So the chunk stands relative to its own logsumexp, whatever the offset.
     into = out_Nw if out_Nw is not None and out_Nw.dtype == wide_Nw.dtype else wide_Nw
     torch.softmax(wide_Nw, 1, out=into)
-    torch.sub(top_N, into.amax(1).log_(), out=base_N)
+    if out_Nw is None and expected_ND is None:
+        base_N.copy_(top_N)
+        own_N = into.amax(1).reciprocal_()
+    else:
+        torch.sub(top_N, into.amax(1).log_(), out=base_N)
+        own_N = None
     if out_Nw is not None and into is not out_Nw:
         out_Nw.copy_(into)
     if out_Nw is not None:
@@ -52,6 +58,8 @@ def update_chunk(
     before_N = offset_N.clone()
     torch.maximum(before_N, base_N, out=offset_N)
     rescale_N, relative_N = (before_N - offset_N).exp_(), (base_N - offset_N).exp_()
+    if own_N is not None:
+        relative_N.mul_(own_N)
     torch.addcmul(relative_N, sum_N, rescale_N, out=sum_N)
     if expected_ND is not None:
         expected_ND.mul_(rescale_N[:, None])
