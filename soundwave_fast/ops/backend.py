@@ -7,6 +7,7 @@ Every op `name` has two modules of equal functions: `csrc_triton/name` (launcher
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -44,8 +45,8 @@ def runs_triton(x: Tensor) -> bool:
 
 def implementation(op: str, x: Tensor) -> ModuleType:
     """The module that computes `op` for x. Triton is imported here, so that a machine without it can use the rest."""
-    package = "csrc_triton" if runs_triton(x) else "soundwave_fast.ops.pure_torch"
-    return importlib.import_module(f"{package}.{op}")
+    name = f"csrc_triton.{op}" if runs_triton(x) else f"soundwave_fast.ops.pure_torch.{op}"
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def refuse_dtensor(op: str, **tensors: object) -> None:

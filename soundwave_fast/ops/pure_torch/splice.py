@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soundwave_fast.ops.pure_torch.rows import copy_rows
+
 IGNORE = -100
 
 
@@ -73,10 +75,9 @@ def splice_rows(
         there = (within >= 0) & (within < lengths_B[:, None])
     shape, rows = within.shape, within.numel()
     text_to, audio_to = _routes(cu_seqlens_P, ends_BL, segment_BL, home_P, lengths_B, cu_seqlens, layout, M)
-    # Onto zeros, adding is copying; on a CPU it is twice as fast as index_copy_. The last row is thrown away.
-    embeds = text_BLD.new_zeros(rows + 1, D)
-    embeds.index_add_(0, text_to, text_BLD.reshape(-1, D))
-    embeds.index_add_(0, audio_to, audio_ND[: len(audio_to)].to(text_BLD.dtype))
+    embeds = text_BLD.new_zeros(rows + 1, D)  # the last row is thrown away
+    copy_rows(embeds, text_to, text_BLD.reshape(-1, D))
+    copy_rows(embeds, audio_to, audio_ND[: len(audio_to)])
     labels = None
     if labels_BL is not None:
         labels = labels_BL.new_full((rows + 1,), IGNORE).index_copy_(0, text_to, labels_BL.reshape(-1))
