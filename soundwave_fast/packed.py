@@ -22,6 +22,7 @@ class Packed:
     lengths:    (B,) int32 or int64, equal to cu_seqlens.diff() unless `overflowed`.
     max_len:    the longest length, or a bound on it where the host does not know; an int.
     index:      None, or (total,) the flat position b * T + t each row was taken from, -1 for rows of nobody.
+    host_lengths: None, or a copy of lengths on the CPU, where data is elsewhere and the host knows them nevertheless.
 
     Raises TypeError / ValueError naming the field that does not fit. Offsets that live on an accelerator are not
     read back, so only their shapes are checked there (and under torch.compile).
@@ -32,6 +33,7 @@ class Packed:
     lengths: Tensor  # (B,)
     max_len: int
     index: Tensor | None = None  # (total,)
+    host_lengths: Tensor | None = None  # (B,)
 
     def __post_init__(self) -> None:
         if self.data.dim() < 1:
@@ -49,6 +51,10 @@ class Packed:
             )
         if self.index is not None and self.index.shape != self.data.shape[:1]:
             raise ValueError(f"index must have shape ({self.data.shape[0]},), got {tuple(self.index.shape)}")
+        if self.host_lengths is not None:
+            if self.host_lengths.device.type != "cpu" or self.host_lengths.shape != self.lengths.shape:
+                given = f"{tuple(self.host_lengths.shape)} on {self.host_lengths.device}"
+                raise ValueError(f"host_lengths must be {tuple(self.lengths.shape)} on the CPU, got {given}")
         for name, x in (("cu_seqlens", self.cu_seqlens), ("lengths", self.lengths), ("index", self.index)):
             if x is not None and x.device != self.data.device:
                 raise ValueError(f"{name} must be on data's device {self.data.device}, got {x.device}")
@@ -140,6 +146,7 @@ class Packed:
             cu_seqlens.to(device, non_blocking=True),
             lengths_B.to(device, non_blocking=True),
             max(lengths, default=0),
+            host_lengths=None if device.type == "cpu" else lengths_B,
         )
 
     def with_data(self, data: Tensor) -> Packed:
@@ -152,7 +159,12 @@ class Packed:
         """`data.to(...)`, with the offsets following it to its device but keeping their integer dtypes."""
         data = self.data.to(*args, **kwargs)
         index = None if self.index is None else self.index.to(data.device)
-        return Packed(data, self.cu_seqlens.to(data.device), self.lengths.to(data.device), self.max_len, index)
+        cu_seqlens, lengths = self.cu_seqlens.to(data.device), self.lengths.to(data.device)
+        return Packed(data, cu_seqlens, lengths, self.max_len, index, self.known_lengths())
+
+    def known_lengths(self) -> Tensor | None:
+        """lengths on the CPU, if they are known there; None where reading them would wait for an accelerator."""
+        return self.lengths if self.lengths.device.type == "cpu" else self.host_lengths
 
     def overflowed(self) -> Tensor:
         """() bool on data's device: whether a buffer was too small for all rows. No host sync."""
@@ -191,8 +203,9 @@ class Packed:
     unpad = to_padded  # flash-attn users look for this pair of names
 
     def unbind(self) -> list[Tensor]:
-        """B tensors (n_b, ...), views of data. Copies the lengths to the host."""
-        lengths = self.cu_seqlens.diff().tolist()
+        """B tensors (n_b, ...), views of data. Copies the lengths to the host, unless they are known there."""
+        known = self.known_lengths()
+        lengths = (self.cu_seqlens.diff() if known is None else known).tolist()
         return list(self.data[: sum(lengths)].split(lengths))
 
     @staticmethod

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
 from soundwave_fast.model.lora import row_adapters, switched_off
-from soundwave_fast.ops import Packed
+from soundwave_fast.ops import Packed, PromptCounts
 
 # What decides on a cache by itself; with any of these the default is left alone.
 _CACHE_OPTIONS = (
@@ -99,6 +99,7 @@ class AudioGenerationMixin(GenerationMixin):
                     input_ids=input_ids, attention_mask=attention_mask, **_with_cache(kwargs, llm, on_cuda)
                 )
             return _new_tokens(out, input_ids.shape[1])
+        counts = PromptCounts(placeholder, attention_mask)
         if audio is None:
             if compile_adapters or (compile_adapters is None and on_cuda and not self.training):
                 if not self._adapters_compiled:
@@ -106,13 +107,13 @@ class AudioGenerationMixin(GenerationMixin):
             audio = self.get_audio_features(
                 input_features, feature_lengths, encoder_frames, frame_lengths, input_features_mask
             )
-        spliced = self._splice(input_ids, attention_mask, None, audio, "left")
+        spliced = self._splice(input_ids, attention_mask, None, audio, "left", counts)
         rows = {}
         if not keep_lora:
             config = kwargs.get("generation_config") or self.generation_config
             beams = kwargs.get("num_beams") or config.num_beams or 1
             copies = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
-            rows = row_adapters(llm, placeholder.any(1).tolist(), 1 if beams > 1 else copies)
+            rows = row_adapters(llm, [n > 0 for n in counts.placeholders()], 1 if beams > 1 else copies)
             if rows and beams > 1:
                 kwargs["num_beams"] = beams  # peft looks for it among the arguments
         if not rows:

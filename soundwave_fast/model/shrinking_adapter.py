@@ -123,7 +123,7 @@ class ShrinkingAdapter(nn.Module):
         x_ND = peaks.data
         if self.look_back:
             x_ND = x_ND + self._attend(peaks, hidden_BTD, lengths)
-        return Packed(self.atten_layer_norm(x_ND), peaks.cu_seqlens, peaks.lengths, peaks.max_len, peaks.index)
+        return peaks.with_data(self.atten_layer_norm(x_ND))
 
     def _attend(self, peaks: Packed, hidden_BTD: Tensor, lengths: Tensor) -> Tensor:
         """Look-back attention of the kept frames: (Q, D)."""

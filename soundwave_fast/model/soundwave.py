@@ -22,7 +22,7 @@ from soundwave_fast.model.lora import has_lora, llm_state_dict
 from soundwave_fast.model.losses import next_token_loss
 from soundwave_fast.model.shrinking_adapter import ShrinkingAdapter
 from soundwave_fast.model.whisper import EDGE_MELS, MEL_PER_FRAME, count_mels, encode_frames
-from soundwave_fast.ops import Packed, splice
+from soundwave_fast.ops import Packed, PromptCounts, splice
 from soundwave_fast.ops.splice import Spliced
 
 
@@ -205,7 +205,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
                 candidates=ctc_candidates,
             )
         if need_tokens and tokens is None:
-            tokens, log_probs = self.ctc_head(hidden, embedding)
+            tokens, log_probs = self.ctc_head(hidden, lengths, embedding)
         return Heard(hidden, lengths, tokens, log_probs, None if ctc is None else tuple(ctc))
 
     def shrink(self, heard: Heard) -> Packed:
@@ -232,11 +232,20 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
         """(B, L) bool: where an utterance's audio tokens go, however many they turn out to be."""
         return input_ids == self.config.audio_token_id
 
-    def _splice(self, input_ids, attention_mask, labels, audio: Packed, layout: str) -> Spliced:
+    def _count(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> PromptCounts | None:
+        """The prompts' counts, for `_splice` once the audio is there. A graph has no use for what the host knows."""
+        if torch.compiler.is_compiling():
+            return None
+        return PromptCounts(self.get_placeholder_mask(input_ids), attention_mask, labels)
+
+    def _splice(
+        self, input_ids, attention_mask, labels, audio: Packed, layout: str, counts: PromptCounts | None = None
+    ) -> Spliced:
         placeholder = self.get_placeholder_mask(input_ids)
+        length = None if counts is None else counts.max_length(audio, layout)
         # the placeholder's id may lie past the embedding; its row is replaced anyway
         embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholder, 0))
-        return splice(embeds, audio, placeholder, attention_mask, labels, layout=layout)
+        return splice(embeds, audio, placeholder, attention_mask, labels, layout=layout, max_length=length)
 
     @can_return_tuple  # return_dict=False, or the config's: a tuple of what is not None
     def forward(
@@ -281,13 +290,15 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
             if (input_ids is None) == (inputs_embeds is None):
                 raise ValueError("input_ids, inputs_embeds: exactly one of them must be given")
             reading["use_cache"] = use_cache if labels is None else bool(use_cache)
-            return self._read({}, 0.0, labels, input_ids=input_ids, attention_mask=attention_mask, **before, **reading)
+            reading.update(before, input_ids=input_ids, attention_mask=attention_mask)
+            return self._read({}, 0.0, labels, None, **reading)
         if wrong := [name for name, value in before.items() if value is not None]:
             raise ValueError(f"{', '.join(wrong)}: cannot be given with audio, whose length only the model knows")
         if use_llm and input_ids is None:
             raise ValueError("input_ids: needed with audio, one placeholder an utterance")
         if use_cache and use_llm and (packed or len(input_ids) > 1):
             raise ValueError("use_cache: with audio, for one prompt alone and not packed; generate takes several")
+        counts = self._count(input_ids, attention_mask, labels) if use_llm else None
         if encoder_frames is None:
             lengths = count_mels(input_features, feature_lengths, input_features_mask)
             encoder_frames, frame_lengths = self.encode(input_features, lengths)
@@ -306,11 +317,13 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
             if labels is None or not torch.is_grad_enabled():
                 out["audio_hidden_states"] = audio.data
             # packed: no mask; positions that start anew tell every attention of transformers where a prompt begins
-            spliced = self._splice(input_ids, attention_mask, labels, audio, "packed" if packed else "right")
+            layout = "packed" if packed else "right"
+            spliced = self._splice(input_ids, attention_mask, labels, audio, layout, counts)
             return self._read(
                 out,
                 loss,
                 spliced.labels,
+                None if labels is None or counts is None else counts.labels(),
                 inputs_embeds=spliced.inputs_embeds,
                 attention_mask=spliced.attention_mask,
                 position_ids=spliced.position_ids,
@@ -319,14 +332,16 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
             )
         return SoundwaveOutput(loss=loss if isinstance(loss, Tensor) else None, **out)
 
-    def _read(self, out: dict[str, Any], loss: Tensor | float, labels: Tensor | None, **inputs: Any) -> SoundwaveOutput:
-        """The LLM over its inputs; logits, or without them the loss, beside what is in `out`."""
+    def _read(
+        self, out: dict[str, Any], loss: Tensor | float, labels: Tensor | None, most: int | None, **inputs: Any
+    ) -> SoundwaveOutput:
+        """The LLM over its inputs; logits, or with labels (`most` of which count) the loss, beside what is in `out`."""
         llm = self.causal_lm
         read = llm.model(**inputs)
         if labels is None:
             out["logits"] = llm.lm_head(read.last_hidden_state)
         else:
-            out["ce_sum"], out["ce_count"] = next_token_loss(read.last_hidden_state, llm.lm_head, labels)
+            out["ce_sum"], out["ce_count"] = next_token_loss(read.last_hidden_state, llm.lm_head, labels, most)
             loss = loss + out["ce_sum"] / out["ce_count"].clamp_min(1)
         out.update({name: read.get(name) for name in ("past_key_values", "hidden_states", "attentions")})
         return SoundwaveOutput(loss=loss if isinstance(loss, Tensor) else None, **out)

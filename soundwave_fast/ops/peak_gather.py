@@ -63,10 +63,10 @@ def peak_gather(
 ) -> Packed:
     """The rows of features that `ctc_peaks` keeps, as a Packed of data (total, D) with `index` (total,) int64.
 
-    By default the number of rows is exact: the peak counts are copied to the host, the one place where this waits for
-    an accelerator. With `capacity` nothing waits: data is (capacity, D), rows past cu_seqlens[-1] are 0, index is -1
-    there, and max_len is T. On an accelerator, peaks beyond a capacity that is too small are lost: cu_seqlens stops at
-    the capacity, lengths do not, and `Packed.overflowed()` tells.
+    By default the number of rows is exact: the peak counts are copied to the host (`Packed.host_lengths` keeps them),
+    the one place where this waits for an accelerator. With `capacity` nothing waits: data is (capacity, D), rows past
+    cu_seqlens[-1] are 0, index is -1 there, and max_len is T. On an accelerator, peaks beyond a capacity that is too
+    small are lost: cu_seqlens stops at the capacity, lengths do not, and `Packed.overflowed()` tells.
 
     Differentiable through features: backward writes every row once, kept rows their gradient and others 0.
     Errors as in ctc_peaks, and ValueError when features do not go with tokens.
@@ -80,8 +80,16 @@ def peak_gather(
         raise ValueError(f"capacity must not be negative, got {capacity}")
     lengths_B = _check("peak_gather", tokens, lengths, blank, drop_blank, select, scores)
     scores = scores if select == "peak" else None
-    data, index, cu_seqlens, counts, longest = _gather(features, tokens, lengths_B, blank, drop_blank, scores, capacity)
-    return Packed(data, cu_seqlens, counts, longest.shape[0], index)
+    data, index, cu_seqlens, counts, longest, host = _gather(
+        features, tokens, lengths_B, blank, drop_blank, scores, capacity
+    )
+    host = host if _reads_counts(tokens, capacity) else None
+    return Packed(data, cu_seqlens, counts, longest.shape[0], index, host)
+
+
+def _reads_counts(tokens: Tensor, capacity: int | None) -> bool:
+    """Whether peak_gather copies the counts to the host from somewhere else."""
+    return capacity is None and tokens.device.type != "cpu"
 
 
 def _check(
@@ -169,26 +177,30 @@ def _peak_gather(
     drop_blank: bool,
     scores: Tensor | None,
     capacity: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows, index, cu_seqlens, counts, and an empty tensor as long as the longest utterance can be."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows, index, cu_seqlens, counts, an empty tensor as long as the longest utterance can be, and the counts once
+    more, on the host, if they had to be copied there (else empty).
+    """
     T = tokens.shape[1]
     _check_lengths(lengths, T)
     ops = implementation("peak_gather", tokens)
     kept, counts = ops.scan_peaks(tokens, lengths, blank, drop_blank, scores)
-    longest = T
+    longest, host = T, torch.empty(0, dtype=torch.int32)
+    if _reads_counts(tokens, capacity):
+        host = counts.cpu()  # the one copy to the host: what follows needs the number of rows
     if capacity is None:
-        host = counts.tolist()  # the one copy to the host: what follows needs the number of rows
-        capacity, longest = sum(host), max(host, default=0)
+        kept_B = (host if len(host) else counts).tolist()
+        capacity, longest = sum(kept_B), max(kept_B, default=0)
     else:
         _check_capacity(counts, capacity)
     rows, index, cu_seqlens = ops.gather_peaks(features, kept, counts, T, capacity)
-    return rows, index, cu_seqlens, counts, torch.empty(longest, 0)
+    return rows, index, cu_seqlens, counts, torch.empty(longest, 0), host
 
 
 @_peak_gather.register_fake
 def _(features, tokens, lengths, blank, drop_blank, scores, capacity):
     B, T = tokens.shape
-    longest = T
+    longest, host = T, torch.empty(B if _reads_counts(tokens, capacity) else 0, dtype=torch.int32)
     if capacity is None:
         context = torch.library.get_ctx()
         capacity, longest = context.new_dynamic_size(), context.new_dynamic_size()
@@ -198,6 +210,7 @@ def _(features, tokens, lengths, blank, drop_blank, scores, capacity):
         tokens.new_empty(B + 1, dtype=torch.int32),
         tokens.new_empty(B, dtype=torch.int32),
         torch.empty(longest, 0),
+        host,
     )
 
 

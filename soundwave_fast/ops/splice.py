@@ -53,7 +53,8 @@ def splice(
     audio.data and text_embeds; backward writes every row of either once.
 
     Without max_length the lengths of the prompts are copied to the host: the one place where this waits for an
-    accelerator. With it nothing waits. Then, on an accelerator, a placeholder without a segment, a segment without a
+    accelerator. With it nothing waits, and `PromptCounts` finds it without waiting, too, with the checks below. splice
+    itself then does not look at an accelerator's values: a placeholder without a segment, a segment without a
     placeholder and a placeholder outside attention_mask are left out unseen, and a prompt too long loses its end (its
     beginning on the left layout), which `Spliced.overflowed()` tells.
 
@@ -96,9 +97,8 @@ def _check(text_embeds, audio, placeholder_mask, attention_mask, labels, layout,
         raise ValueError(f"max_length must not be negative, got {max_length}")
 
 
-def _check_values(report: list[list[int]], segments: int, needed: int, max_length: int | None) -> None:
-    """Raises ValueError for what only the values show; report is plan_splice's."""
-    _, placeholders, outside = report
+def check_values(placeholders: list[int], outside: list[int], segments: int) -> None:
+    """Raises ValueError for what only the values show: placeholders of each prompt, and those of them on padding."""
     for b, wrong in enumerate(outside):
         if wrong:
             raise ValueError(f"placeholder_mask marks a position of row {b} that attention_mask calls padding")
@@ -107,8 +107,6 @@ def _check_values(report: list[list[int]], segments: int, needed: int, max_lengt
             f"placeholder_mask holds {sum(placeholders)} placeholders, but audio holds {segments} segments; "
             f"{_odd_rows(placeholders, segments)}"
         )
-    if max_length is not None and needed > max_length:
-        raise ValueError(f"max_length is {max_length}, but {needed} positions are needed")
 
 
 def _odd_rows(placeholders: list[int], segments: int) -> str:
@@ -144,12 +142,14 @@ def _splice(
     ends, segment, home, report = ops.plan_splice(placeholder_mask, attention_mask, audio_cu_seqlens)
     length = longest = max_length
     if length is None or report.device.type == "cpu":
-        host = report.tolist()  # the one copy to the host: it sizes the output, and carries the checks
-        most = max(host[0], default=0)
-        needed = sum(host[0]) if layout == "packed" else most
-        _check_values(host, audio_cu_seqlens.numel() - 1, needed, max_length)
+        totals, placeholders, outside = report.tolist()  # the one copy to the host: the output's size, the checks
+        most = max(totals, default=0)
+        needed = sum(totals) if layout == "packed" else most
+        check_values(placeholders, outside, audio_cu_seqlens.numel() - 1)
         if max_length is None:
             length, longest = needed, most
+        elif needed > max_length:
+            raise ValueError(f"max_length is {max_length}, but {needed} positions are needed")
     mask_dtype = None if layout == "packed" else torch.int64 if attention_mask is None else attention_mask.dtype
     lengths = report[0]
     embeds, mask, position_ids, new_labels, cu_seqlens = ops.splice_rows(
