@@ -1,4 +1,7 @@
-"""The adapters end to end, encoder features to spliced embeddings with the CTC loss, forward and backward."""
+"""The adapters end to end, encoder features to spliced embeddings: their share of a training step, and hearing alone.
+
+Training has the CTC loss and its backward; hearing, as before generation, neither.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ BASE = (
 )  # 30 s, and 4 s, of speech
 
 
-def _setup(case: Case, where: torch.device, seed: int):
+def _setup(case: Case, where: torch.device, seed: int, train: bool):
     size = parts.size(where)
-    model = parts.model(size, where)
+    model = parts.model(size, where).train(train)
     model.language_model.requires_grad_(False)
     batch = parts.speech(size, **case.shape, device=where, seed=seed)
     prompt = parts.prompt(size, case.shape["B"], TEXT, ANSWER, where, model.config.audio_token_id, seed)
@@ -33,24 +36,35 @@ def _finish(loss, embeds, trained):
     return results
 
 
-def eager(case: Case, where: torch.device, seed: int):
-    model, batch, prompt, trained = _setup(case, where, seed)
+def eager(train: bool):
+    """One utterance after the other where the authors' code does so."""
 
-    def step():
-        hidden, lengths = released.align(model, batch.frames, batch.lengths)
-        loss, logits = released.ctc(model, hidden, lengths, batch.targets, batch.target_lengths)
-        audio = released.shrink(model, hidden, logits.argmax(-1), lengths)
-        return _finish(loss, released.splice(model, prompt["input_ids"], audio), trained)
+    def make(case: Case, where: torch.device, seed: int):
+        model, batch, prompt, trained = _setup(case, where, seed, train)
 
-    return step
+        def step():
+            hidden, lengths = released.align(model, batch.frames, batch.lengths)
+            loss, logits = released.ctc(model, hidden, lengths, batch.targets, batch.target_lengths)
+            audio = released.shrink(model, hidden, logits.argmax(-1), lengths)
+            return _finish(loss, released.splice(model, prompt["input_ids"], audio), trained)
+
+        @torch.inference_mode()
+        def hear():
+            hidden, lengths = released.align(model, batch.frames, batch.lengths)
+            audio = released.shrink(model, hidden, released.head(model, hidden).argmax(-1), lengths)
+            return (released.splice(model, prompt["input_ids"], audio),)
+
+        return step if train else hear
+
+    return make
 
 
-def padded(compiled: bool):
+def padded(train: bool, compiled: bool):
     """The whole batch at once in eager torch, or compiled."""
 
     def make(case: Case, where: torch.device, seed: int):
-        model, batch, prompt, trained = _setup(case, where, seed)
-        audio_side = whole_batch.audio_side
+        model, batch, prompt, trained = _setup(case, where, seed, train)
+        audio_side = whole_batch.audio_side if train else whole_batch.hear
         if compiled:
             audio_side = torch.compile(audio_side, dynamic=True)
 
@@ -58,48 +72,68 @@ def padded(compiled: bool):
             loss, embeds, _, _ = audio_side(model, batch, prompt)
             return _finish(loss, embeds, trained)
 
-        return step
+        @torch.no_grad()
+        def hear():
+            return audio_side(model, batch, prompt)[:1]
+
+        return step if train else hear
 
     return make
 
 
-def ours(case: Case, where: torch.device, seed: int):
-    model, batch, prompt, trained = _setup(case, where, seed)
+def ours(train: bool):
+    def make(case: Case, where: torch.device, seed: int):
+        model, batch, prompt, trained = _setup(case, where, seed, train)
 
-    def step():
-        heard = model.hear(batch.frames, batch.lengths, batch.targets, batch.target_lengths)
-        spliced = model._splice(prompt["input_ids"], prompt["attention_mask"], None, model.shrink(heard), "right")
-        return _finish(heard.ctc[0] / heard.ctc[1], spliced.inputs_embeds, trained)
+        text = prompt["input_ids"], prompt["attention_mask"], None
 
-    return step
+        def hear(*targets):
+            counts = model._count(*text)
+            heard = model.hear(batch.frames, batch.lengths, *targets)
+            return heard, model._splice(*text, model.shrink(heard), "right", counts).inputs_embeds
+
+        def step():
+            heard, embeds = hear(batch.targets, batch.target_lengths)
+            return _finish(heard.ctc[0] / heard.ctc[1], embeds, trained)
+
+        @torch.inference_mode()
+        def hear_alone():
+            return hear()[1:]
+
+        return step if train else hear_alone
+
+    return make
 
 
-def _cost() -> cost_model.Cost:
+def _cost(train: bool) -> cost_model.Cost:
     size, dtype = parts.size(device()), "bfloat16" if device().type == "cuda" else "float32"
     B, T = BASE["B"], BASE["T50"] // 2
     rows_ = B * T * 3 // 4  # utterances fill three quarters of the batch on average
-    align = cost_model.alignment_adapter(B, T, 2 * size.d_enc, size.hidden, 2 * size.hidden, True, dtype)
-    return align + cost_model.linear_ctc_loss(rows_, size.hidden, size.vocab + 1, dtype, trainable=True)
+    align = cost_model.alignment_adapter(B, T, 2 * size.d_enc, size.hidden, 2 * size.hidden, train, dtype)
+    head = cost_model.linear_ctc_loss(rows_, size.hidden, size.vocab + 1, dtype, trainable=train, backward=train)
+    return align + head
 
 
-CASES = [
-    Case(
+def case(train: bool) -> Case:
+    return Case(
         "adapters",
-        "free head",
+        "training, free head" if train else "hearing, free head",
         BASE,
         {
-            "eager as released": eager,
-            "eager, padded": padded(compiled=False),
-            "eager, padded, compiled": padded(compiled=True),
-            "ours": ours,
+            "eager as released": eager(train),
+            "eager, padded": padded(train, compiled=False),
+            "eager, padded, compiled": padded(train, compiled=True),
+            "ours": ours(train),
         },
         dtype="bfloat16" if device().type == "cuda" else "float32",
-        cost=_cost(),
+        cost=_cost(train),
         sources=("soundwave_fast/model", "soundwave_fast/ops", "csrc_triton"),
         tests="tests/model/test_soundwave.py",
-        rounds=5 if device().type == "cuda" else 3,
+        rounds=5 if device().type == "cuda" or not train else 3,
     )
-]
+
+
+CASES = [case(train=True), case(train=False)]
 
 
 @rows(CASES)

@@ -25,11 +25,16 @@ def align(model: SoundwaveForConditionalGeneration, frames_BTE: Tensor, lengths:
     return adapter.out_norm(adapter.asr_transformer_encoder(x, src_key_padding_mask=mask)), lengths
 
 
+def head(model, hidden_BTD: Tensor) -> Tensor:
+    """(B, T, V) logits."""
+    return model.ctc_head.audio_feature_head(hidden_BTD)
+
+
 def ctc(
     model, hidden_BTD: Tensor, lengths: Tensor, targets_BS: Tensor, target_lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(loss, logits): the whole (B, T, V), cast to float32 for log_softmax and F.ctc_loss."""
-    logits = model.ctc_head.audio_feature_head(hidden_BTD)
+    logits = head(model, hidden_BTD)
     log_probs = logits.float().log_softmax(-1).transpose(0, 1)
     with torch.backends.cudnn.flags(enabled=False):
         blank = model.config.ctc_blank_id

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.suite_tunables import TUNABLES
 
-OPS = ("ctc_loss", "linear_ctc_loss", "peak_gather", "splice", "varlen_cross_attention")
+OPS = ("ctc_loss", "linear_ctc_loss", "linear_argmax", "peak_gather", "splice", "varlen_cross_attention")
 ADAPTERS = ("alignment_adapter", "shrinking_adapter")
 MODELS = ("adapters", "train_step", "generate")  # hold an 8B model
 TESTS = {

@@ -88,9 +88,20 @@ def audio_side(model, speech, prompt: dict[str, Tensor]) -> tuple[Tensor, Tensor
     """CTC loss, and the prompts with the audio in them: embeddings (B, M, D), mask, labels."""
     hidden, lengths = align(model.alignment_adapter, speech.frames, speech.lengths)
     loss, tokens = ctc(model, hidden, lengths, speech.targets, speech.target_lengths)
+    return loss, *_spliced(model, hidden, tokens, lengths, prompt, prompt["labels"])
+
+
+def hear(model, speech, prompt: dict[str, Tensor]) -> tuple[Tensor, Tensor, None]:
+    """The same without a loss and labels."""
+    hidden, lengths = align(model.alignment_adapter, speech.frames, speech.lengths)
+    tokens = model.ctc_head.audio_feature_head(hidden).argmax(-1)
+    return _spliced(model, hidden, tokens, lengths, prompt, None)
+
+
+def _spliced(model, hidden, tokens, lengths, prompt, labels) -> tuple[Tensor, Tensor, Tensor | None]:
     rows, counts = shrink(model.shrinking_adapter, hidden, tokens, lengths)
     text, placeholder = embed(model, prompt["input_ids"])
-    return loss, *splice(text, placeholder, rows, counts, prompt["labels"])
+    return splice(text, placeholder, rows, counts, labels)
 
 
 def embed(model, ids: Tensor) -> tuple[Tensor, Tensor]:
