@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from bench.conformance import nonconforming
+from bench.harness import Case
 from bench.machine import describe_machine
 
 
@@ -19,14 +20,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--no-conformance", action="store_true", help="time ops without running their tests first")
 
 
+_NONCONFORMING = pytest.StashKey[dict[str, str]]()
+
+
 @pytest.fixture(autouse=True)
 def conformance(request: pytest.FixtureRequest) -> None:
     """An op whose tests fail is not timed. A pass is remembered until the op, its tests or torch change."""
-    case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
-    if case is None or request.config.getoption("--no-conformance") or request.config.getoption("--smoke"):
+    case, config = _case(request.node), request.config
+    if case is None or config.getoption("--no-conformance") or config.getoption("--smoke"):
         return
-    if said := nonconforming(case, request.config.cache):
+    if _NONCONFORMING not in config.stash:
+        cases = [case for item in request.session.items if (case := _case(item)) is not None]
+        config.stash[_NONCONFORMING] = nonconforming(cases, config.cache)
+    if said := config.stash[_NONCONFORMING][case.conformance]:
         pytest.fail(said, pytrace=False)
+
+
+def _case(item: pytest.Item) -> Case | None:
+    return item.callspec.params.get("case") if hasattr(item, "callspec") else None
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

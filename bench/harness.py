@@ -13,19 +13,16 @@ import dataclasses
 import functools
 import gc
 import importlib
-import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
-from pathlib import Path
 from statistics import median
 from types import ModuleType
 
 import pytest
 import torch
 
+from bench import memory
 from bench.sources import ROOT, imported
 from soundwave_fast import cost_model
 from soundwave_fast.cost_model import Cost
@@ -224,86 +221,38 @@ def _measure(case: Case) -> Measured:
 # -- memory ------------------------------------------------------------------------------------------------------
 
 
-def _status_kib(field_name: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field_name))
-
-
-def extra_peak_mib(step: Step, where: torch.device) -> float | None:
-    """How far one call of step lifts memory above where it stood; None where the system does not tell."""
-    step()  # libraries' own one-time buffers
-    gc.collect()
-    if where.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    except OSError:
-        return None
-    before = _status_kib("VmRSS")
-    step()
-    return (_status_kib("VmHWM") - before) / 1024
-
-
 def has_memory_row(provider: str) -> bool:
     """Not what is compiled on a CPU, where a process of its own would spend its time in the compiler."""
     return device().type == "cuda" or "compiled" not in provider
 
 
-def peak_in_child(module: str, case: Case, provider: str) -> float | None:
-    """`extra_peak_mib` of a provider in a process of its own, whose heap no other provider has shaped.
+_peaks: dict[tuple[str, str], dict[str, float | None | str]] = {}
 
-    On a GPU here: its allocator counts bytes, not pages, and a process more would pay for a context and compile again.
+
+def extra_peak(module: str, case: Case, provider: str) -> float | None:
+    """`memory.extra_peak_mib` of a provider; the first question about a case measures all that `measure` timed.
+
+    On a GPU in this process: its allocator counts bytes, not pages, and a process more would pay for a context and
+    compile again.
     """
-    if device().type == "cuda":
-        return extra_peak_mib(case.providers[provider](case, device(), 0), device())
-    ours, theirs = _server().Pipe(duplex=False)
-    child = _server().Process(target=_child, args=(theirs, module, case.op, case.id, provider))
-    child.start()
-    theirs.close()
-    try:
-        answer = ours.recv() if ours.poll(300) else "no answer within 300 s"
-    except EOFError:
-        answer = "the process died"
-    child.kill()
-    child.join()
-    if isinstance(answer, str):
-        raise RuntimeError(f"memory of {case.op} {case.id} {provider}: {answer}")
-    return answer
+    peaks = _peaks.setdefault((case.op, case.id), {})
+    if provider not in peaks:
+        names = [name for name in measure(case).seconds if has_memory_row(name)]
+        if device().type == "cuda":
+            peaks.update({name: _extra_peak(module, case.op, case.id, name) for name in names})
+        else:
+            jobs = [(module, case.op, case.id, name) for name in names]
+            peaks.update(zip(names, memory.in_processes(_extra_peak, jobs), strict=True))
+    if isinstance(peaks[provider], str):
+        raise RuntimeError(f"memory of {case.op} {case.id} {provider}: {peaks[provider]}")
+    return peaks[provider]
 
 
-@functools.cache
-def _server():
-    """Where processes are forked from that have imported what every benchmark needs and computed nothing yet."""
-    # A fixed threshold keeps glibc from holding on to large freed blocks, which would hide their next use.
-    wanted = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
-    before = {name: os.environ.get(name) for name in wanted}
-    context = multiprocessing.get_context("forkserver")
-    benches = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py"))
-    context.set_forkserver_preload(["bench.parts", *(f"bench.{name}" for name in benches)])
-    os.environ.update(wanted)
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    return context
-
-
-def _child(answer, module: str, op: str, case_id: str, provider: str) -> None:
-    """Sends the extra peak in MiB, or a text that says what went wrong."""
-    try:
-        bench = importlib.import_module(module)
-        cases = [*bench.CASES, *(case for _, _, case in sweep_cases(bench))]
-        case = next(case for case in cases if (case.op, case.id) == (op, case_id))
-        answer.send(extra_peak_mib(case.providers[provider](case, device(), 0), device()))
-    except Exception as error:
-        answer.send(f"{type(error).__name__}: {error}"[-2000:])
+def _extra_peak(module: str, op: str, case_id: str, provider: str) -> float | None:
+    bench = importlib.import_module(module)
+    cases = [*bench.CASES, *(case for _, _, case in sweep_cases(bench))]
+    case = next(case for case in cases if (case.op, case.id) == (op, case_id))
+    return memory.extra_peak_mib(case.providers[provider](case, device(), 0), device())
 
 
 def sweep_cases(bench: ModuleType) -> list[tuple[str, int, Case]]:
@@ -392,7 +341,7 @@ def record(benchmark, request, case: Case, provider: str) -> None:
     if case.note:
         info["note"] = case.note
     if not smoke and has_memory_row(provider) and not request.config.getoption("--no-memory"):
-        info["extra_peak_mib"] = peak_in_child(request.module.__name__, case, provider)
+        info["extra_peak_mib"] = extra_peak(request.module.__name__, case, provider)
     timer, benchmark._timer = benchmark._timer, _Replay(samples)
     try:
         benchmark.pedantic(lambda: None, rounds=len(samples), iterations=1)

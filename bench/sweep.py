@@ -54,7 +54,7 @@ def _points(module: str, along: str, value: int, case: harness.Case, memory: boo
             "provider": provider,
             "seconds": statistics.median(samples),
             "floor_seconds": floor,
-            "extra_peak_mib": harness.peak_in_child(module, case, provider)
+            "extra_peak_mib": harness.extra_peak(module, case, provider)
             if memory and harness.has_memory_row(provider)
             else None,
         }
@@ -107,9 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         for along, value, case in harness.sweep_cases(importlib.import_module(name))
         if (f"{case.op} {case.variant}", along, value) not in done
     ]
-    cases = {case.op: case for _, _, _, case in todo}
-    for case in () if args.no_conformance else cases.values():
-        if said := nonconforming(case):
+    if not args.no_conformance:
+        for said in filter(None, nonconforming([case for _, _, _, case in todo]).values()):
             print(f"sweep: {said}", file=sys.stderr)
             return 1
     try:

@@ -1,12 +1,14 @@
 """The benchmarks' machinery: clocks, memory, staleness, the report and the cost model, on cases known beforehand."""
 
+import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import conformance, harness, sources
+from bench import conformance, harness, memory, sources
 from soundwave_fast import cost_model
 
 
@@ -94,27 +96,46 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path, monkeypatch):
     kept = {}
     cache = SimpleNamespace(get=kept.get, set=kept.__setitem__)
     tests = tmp_path / "test_op.py"
-    op = harness.Case("toy", "", {}, {}, tests=str(tests))
+    op, other = (harness.Case(name, "", {}, {}, tests=f"{tmp_path}/test_{name}.py") for name in ("op", "other"))
     head = "import pytest\n@pytest.mark.conformance\ndef test_it():\n    assert "
     tests.write_text(head + "1 == 2\n")
-    assert "assert 1 == 2" in conformance.nonconforming(op, cache) and not kept
+    Path(other.tests).write_text(head + "3 == 3\n")
+    said = conformance.nonconforming([op, other, op], cache)
+    assert "assert 1 == 2" in said[op.tests] and said[other.tests] == "" and len(kept) == 1
     tests.write_text(head + "2 == 2\n")
-    assert conformance.nonconforming(op, cache) == "" and len(kept) == 1
+    assert conformance.nonconforming([op, other], cache) == {op.tests: "", other.tests: ""} and len(kept) == 2
     with monkeypatch.context() as patched:
         patched.setattr(conformance.subprocess, "run", lambda *_, **__: pytest.fail("a pass is remembered"))
-        assert conformance.nonconforming(op, cache) == ""
-    tests.write_text("def test_it():\n    pass\n")
-    assert conformance.nonconforming(op, cache), "nothing that says it conforms"
+        assert conformance.nonconforming([op], cache) == {op.tests: ""}
+    for text in ("def test_it():\n    pass\n", "import nothing_of_the_kind\n"):
+        tests.write_text(text)
+        assert conformance.nonconforming([op], cache)[op.tests], "nothing that says it conforms"
 
 
 def test_peak_memory_in_a_process_of_its_own():
     from bench import bench_peak_gather
 
-    mib = harness.peak_in_child("bench.bench_peak_gather", bench_peak_gather.CASES[0], "ours")
+    where = "bench.bench_peak_gather", "peak_gather", bench_peak_gather.CASES[0].id
+    mib, nothing = memory.in_processes(harness._extra_peak, [(*where, "ours"), (*where, "nobody")])
     gradient = 8 * 750 * 576 * 4 / 2**20
     assert gradient < mib < 1.5 * gradient
-    with pytest.raises(RuntimeError, match="KeyError"):
-        harness.peak_in_child("bench.bench_peak_gather", bench_peak_gather.CASES[0], "nobody")
+    assert "KeyError" in nothing
+
+
+def test_a_process_that_dies_or_hangs_is_told(monkeypatch):
+    monkeypatch.setattr(memory, "LONGEST", 1)
+    assert memory.in_processes(time.sleep, [(9,), (0,)]) == ["no answer within 1 s", None]
+    assert memory.in_processes(os._exit, [(3,)]) == ["the process died"]
+
+
+def test_memory_of_a_case_is_measured_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "in_processes", lambda _, jobs: asked.append(jobs) or [1.0, "it broke"][: len(jobs)])
+    toy = case("remembered", eager=sleeper(0.0), ours=sleeper(0.0))
+    assert harness.extra_peak("bench.toy", toy, "eager") == 1.0
+    with pytest.raises(RuntimeError, match="ours: it broke"):
+        harness.extra_peak("bench.toy", toy, "ours")
+    assert [job[-1] for job in asked[0]] == ["eager", "ours"] and len(asked) == 1
 
 
 def test_providers_that_are_not_installed_are_named():
@@ -143,7 +164,7 @@ def test_peak_memory_of_a_known_allocation():
     def step():
         return (torch.ones(16 << 20),)  # 64 MiB
 
-    peak = harness.extra_peak_mib(step, torch.device("cpu"))
+    peak = memory.extra_peak_mib(step, torch.device("cpu"))
     if peak is None:
         pytest.skip("this system does not tell peak memory")
     assert 60 <= peak <= 90
