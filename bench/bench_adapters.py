@@ -66,7 +66,7 @@ def padded(train: bool, compiled: bool):
         model, batch, prompt, trained = _setup(case, where, seed, train)
         audio_side = whole_batch.audio_side if train else whole_batch.hear
         if compiled:
-            audio_side = torch.compile(audio_side, dynamic=True)
+            audio_side = torch.compile(audio_side)
 
         def step():
             loss, embeds, _, _ = audio_side(model, batch, prompt)

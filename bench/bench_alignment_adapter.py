@@ -68,7 +68,7 @@ def _provider(align, compiled: bool = False):
     def make(case: Case, where: torch.device, seed: int):
         adapter, frames, lengths = _setup(case, where, seed)
         leaves = (frames, *adapter.parameters())
-        function = torch.compile(align, dynamic=True) if compiled else align
+        function = torch.compile(align) if compiled else align
         with torch.no_grad():
             grad = torch.randn_like(padded(adapter, frames, lengths))
 

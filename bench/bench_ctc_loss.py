@@ -58,7 +58,7 @@ def as_float32(log_probs, *labels):
 
 @functools.cache
 def _compiled(loss):
-    return torch.compile(loss, dynamic=True)
+    return torch.compile(loss)
 
 
 def _for_cudnn(log_probs, targets, input_lengths, target_lengths):

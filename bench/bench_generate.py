@@ -100,7 +100,7 @@ def padded(compiled: bool):
             text, placeholder = whole_batch.embed(model, prompt["input_ids"])
             return whole_batch.splice(text, placeholder, rows, counts, left=True)
 
-        embed = torch.compile(embed, dynamic=True) if compiled else embed
+        embed = torch.compile(embed) if compiled else embed
 
         @torch.no_grad()
         def step():

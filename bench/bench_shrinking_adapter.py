@@ -80,7 +80,7 @@ def _provider(shrink, compiled: bool = False):
     def make(case: Case, where: torch.device, seed: int):
         adapter, frames, tokens, lengths = _setup(case, where, seed)
         leaves = (frames, *adapter.parameters())
-        function = torch.compile(shrink, dynamic=True) if compiled else shrink
+        function = torch.compile(shrink) if compiled else shrink
         with torch.no_grad():
             grad = torch.randn_like(ours(adapter, frames, tokens, lengths))
 

@@ -88,7 +88,7 @@ def case(**shape: int) -> Case:
     providers = {
         "eager as released": _provider(as_released),
         "vectorised merge": _provider(merge),
-        "vectorised merge, compiled": _provider(torch.compile(merge, dynamic=True)),
+        "vectorised merge, compiled": _provider(torch.compile(merge)),
         "ours": _provider(ours),
         "ours, length known": _provider(ours_max_length),
     }

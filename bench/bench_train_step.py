@@ -70,7 +70,7 @@ def padded(stage: int, compiled: bool = False):
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         audio_side = _alignment if stage == 1 else whole_batch.audio_side
         if compiled:
-            audio_side = torch.compile(audio_side, dynamic=True)
+            audio_side = torch.compile(audio_side)
 
         def step():
             loss, *spliced = audio_side(model, batch, prompt)

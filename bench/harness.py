@@ -13,11 +13,16 @@ import dataclasses
 import functools
 import gc
 import importlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from types import ModuleType
+
+# PyTorch's own switch, read at its first allocation: large tensors in huge pages. In pages of 4 KiB a short step is up
+# to twice as slow in one process as in the next, depending on where they happen to lie (bench/LOG.md).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import pytest
 import torch

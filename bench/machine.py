@@ -35,6 +35,7 @@ def describe_machine() -> dict:
     """Commit, device, clocks, threads and versions: what a figure needs beside it to be believed."""
     info = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "-uno"))}
     info.update(threads=torch.get_num_threads(), cpu_count=os.cpu_count(), versions={})
+    info["huge_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
     for name in PEERS:
         try:
             info["versions"][name] = metadata.version(name)

@@ -80,6 +80,7 @@ def _server():
     # A fixed threshold keeps glibc from holding on to large freed blocks, which would hide their next use.
     wanted = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
     wanted["OMP_WAIT_POLICY"] = "PASSIVE"  # the processes share the cores
+    wanted["THP_MEM_ALLOC_ENABLE"] = "0"  # huge pages would round everything up
     before = {name: os.environ.get(name) for name in wanted}
     context = multiprocessing.get_context("forkserver")
     benches = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py"))

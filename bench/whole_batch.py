@@ -1,7 +1,7 @@
 """The audio side as one writes it with care in eager torch: the whole batch at once, padded and masked, no loop.
 
-The benchmarks' second baseline beside bench/released.py, and what torch.compile is given. On the parameters of our
-modules, so that all sides compute the same function of the same weights.
+The benchmarks' second baseline beside bench/released.py, and what torch.compile is given, for the one shape that is
+timed: its best case. On the parameters of our modules, so that all sides compute the same function of the same weights.
 
 Shape legend: B utterances, T adapter frames, Q most kept frames of an utterance, N kept frames in all, D width,
 L prompt, M prompt with the audio in it.

@@ -78,12 +78,15 @@ def _traced(inputs: tuple) -> bool:
     return False
 
 
-def shortcut(op: Callable, save: Callable | None = None, backward: Callable | None = None) -> Callable:
+def shortcut(
+    op: Callable, save: Callable | None = None, backward: Callable | None = None, native: bool = False
+) -> Callable:
     """The custom op `op`; its body alone, where nothing traces it.
 
     Dispatching a Python custom op takes about 0.1 ms forward and as much backward, which is what the work of the small
     ops takes on a CPU (bench/LOG.md). With `save` and `backward`, those given to `op.register_autograd`, it is
-    differentiable, once.
+    differentiable, once. `native`: in plain torch the body is differentiable as it stands, and torch's own backward is
+    as good as ours; kernels still take `backward`.
     """
     body = getattr(op, "_init_fn", None)
     if body is None:  # a torch that keeps it elsewhere
@@ -101,6 +104,8 @@ def shortcut(op: Callable, save: Callable | None = None, backward: Callable | No
         run = type("Eager", (torch.autograd.Function,), members).apply
 
     def call(*inputs):
-        return op(*inputs) if _traced(inputs) else run(*inputs)
+        if _traced(inputs):
+            return op(*inputs)
+        return body(*inputs) if native and not runs_triton(inputs[0]) else run(*inputs)
 
     return call

@@ -79,12 +79,12 @@ def peak_gather(
     if capacity is not None and capacity < 0:
         raise ValueError(f"capacity must not be negative, got {capacity}")
     lengths_B = _check("peak_gather", tokens, lengths, blank, drop_blank, select, scores)
-    scores = scores if select == "peak" else None
+    scores = scores.detach() if select == "peak" else None
     data, index, cu_seqlens, counts, longest, host = _gather(
         features, tokens, lengths_B, blank, drop_blank, scores, capacity
     )
     host = host if _reads_counts(tokens, capacity) else None
-    return Packed(data, cu_seqlens, counts, longest.shape[0], index, host)
+    return Packed.unchecked(data, cu_seqlens, counts, longest.shape[0], index, host)
 
 
 def _reads_counts(tokens: Tensor, capacity: int | None) -> bool:
@@ -225,6 +225,7 @@ def _(grad, index, cu_seqlens, batch, frames):
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # or zeros would be made for every output that is not differentiable
     ctx.save_for_backward(output[1], output[2])
     ctx.frames = inputs[1].shape
     ctx.mark_non_differentiable(*output[1:])
@@ -232,12 +233,12 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     out = None
-    if ctx.needs_input_grad[0]:
+    if grad is not None and ctx.needs_input_grad[0]:
         out = _scatter(grad, *ctx.saved_tensors, *ctx.frames)
     return out, None, None, None, None, None, None
 
 
 _peak_gather.register_autograd(_backward, setup_context=_save)
 _find_peaks = shortcut(_ctc_peaks)
-_gather = shortcut(_peak_gather, _save, _backward)
+_gather = shortcut(_peak_gather, _save, _backward, native=True)
 _scatter = shortcut(_peak_gather_backward)
