@@ -48,7 +48,7 @@ def eager(train: bool):
             audio = released.shrink(model, hidden, logits.argmax(-1), lengths)
             return _finish(loss, released.splice(model, prompt["input_ids"], audio), trained)
 
-        @torch.inference_mode()
+        @torch.no_grad()
         def hear():
             hidden, lengths = released.align(model, batch.frames, batch.lengths)
             audio = released.shrink(model, hidden, released.head(model, hidden).argmax(-1), lengths)
@@ -96,7 +96,7 @@ def ours(train: bool):
             heard, embeds = hear(batch.targets, batch.target_lengths)
             return _finish(heard.ctc[0] / heard.ctc[1], embeds, trained)
 
-        @torch.inference_mode()
+        @torch.no_grad()
         def hear_alone():
             return hear()[1:]
 

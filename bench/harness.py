@@ -208,6 +208,7 @@ def _measure(case: Case) -> Measured:
     where = device()
     if where.type == "cpu":
         _keep_freed_memory()
+    torch._dynamo.reset()  # a shape that was compiled before would make this one's graph a dynamic one
     steps, difference, missing = _make(case, where)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=where) if where.type == "cuda" else None
     clock = functools.partial(_clock_cuda, flush=flush) if flush is not None else _clock_cpu

@@ -27,7 +27,7 @@ def shorten(features: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor)
         kept.max_len,
         frames.max_len,
     )
-    return Packed(kept.data + out.reshape(-1, H * D), kept.cu_seqlens, kept.lengths, kept.max_len, kept.index)
+    return kept.with_data(kept.data + out.reshape(-1, H * D))
 
 
 if __name__ == "__main__":

@@ -170,7 +170,8 @@ class Packed:
         data = self.data.to(*args, **kwargs)
         index = None if self.index is None else self.index.to(data.device)
         cu_seqlens, lengths = self.cu_seqlens.to(data.device), self.lengths.to(data.device)
-        return Packed(data, cu_seqlens, lengths, self.max_len, index, self.known_lengths())
+        host = None if data.device.type == "cpu" else self.known_lengths()
+        return Packed(data, cu_seqlens, lengths, self.max_len, index, host)
 
     def known_lengths(self) -> Tensor | None:
         """lengths on the CPU, if they are known there; None where reading them would wait for an accelerator."""

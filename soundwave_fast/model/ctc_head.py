@@ -61,8 +61,8 @@ class CTCHead(nn.Module):
             targets_BS, blank = self._to_candidates(targets_BS, target_lengths, candidates)
             rows = candidates if self.tied else torch.cat([candidates, candidates.new_tensor([self.blank])])
             weight = weight.index_select(0, rows)
-        has_text = (target_lengths > 0).to(hidden_BTD.device)
-        per_token_B = has_text.double() / target_lengths.to(hidden_BTD.device).clamp_min(1)
+        on_device = target_lengths.to(hidden_BTD.device, non_blocking=True)
+        has_text = on_device > 0
         total = linear_ctc_loss(
             hidden_BTD,
             weight,
@@ -74,7 +74,7 @@ class CTCHead(nn.Module):
             zero_infinity=True,
             return_argmax=return_argmax,
             blank_row=blank_row,
-            utterance_weights=per_token_B,
+            utterance_weights=has_text.double() / on_device.clamp_min(1),
         )
         total, tokens = total if return_argmax else (total, None)
         return total, has_text.sum(), tokens

@@ -24,12 +24,14 @@ def next_token_loss(
     counts_M = target_M != IGNORE
     where_N = counts_M.nonzero().squeeze(-1) if most is None else _first_places(counts_M, most)
     hidden_ND = hidden_BLD[:, :-1].flatten(0, 1).index_select(0, where_N)
-    logits_NV = lm_head(hidden_ND).float()
     target_N = target_M.index_select(0, where_N)
+    if most is not None:  # what fills up to `most` may be anything, NaN times a gradient of 0 is NaN
+        hidden_ND = hidden_ND.masked_fill((target_N == IGNORE)[:, None], 0)
+    logits_NV = lm_head(hidden_ND).float()
     loss = F.cross_entropy(logits_NV, target_N, reduction="sum", ignore_index=IGNORE)
     return loss, counts_M.sum().float()
 
 
 def _first_places(counts_M: Tensor, most: int) -> Tensor:
     """(N,) the places that are True, then some that are not; N is `most`, or all places if there are fewer."""
-    return counts_M.argsort(descending=True, stable=True)[:most]
+    return counts_M.byte().argsort(descending=True, stable=True)[:most]

@@ -90,7 +90,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
         if language_model is None and with_language_model:
             self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         elif language_model is None:
-            self.token_embedding = nn.Embedding(config.text_config.vocab_size, config.hidden_size)
+            self.token_embedding = nn.Embedding(config.text_config.vocab_size, config.hidden_size).requires_grad_(False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -133,7 +133,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
         loaded = super().from_pretrained(path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if with_language_model is False:  # the embedding is saved inside the LLM: load both, keep the one
-            model.token_embedding, model.language_model = model.get_input_embeddings(), None
+            model.token_embedding, model.language_model = model.get_input_embeddings().requires_grad_(False), None
         else:
             checkpoint.load_lora(model, path, as_saved=True)
         return loaded

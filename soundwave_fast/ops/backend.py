@@ -6,8 +6,8 @@ Every op `name` has two modules of equal functions: `csrc_triton/name` (launcher
 
 from __future__ import annotations
 
+import functools
 import importlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -45,8 +45,10 @@ def runs_triton(x: Tensor) -> bool:
 
 def implementation(op: str, x: Tensor) -> ModuleType:
     """The module that computes `op` for x. Triton is imported here, so that a machine without it can use the rest."""
-    name = f"csrc_triton.{op}" if runs_triton(x) else f"soundwave_fast.ops.pure_torch.{op}"
-    return sys.modules.get(name) or importlib.import_module(name)
+    return _module(f"csrc_triton.{op}" if runs_triton(x) else f"soundwave_fast.ops.pure_torch.{op}")
+
+
+_module = functools.cache(importlib.import_module)  # which alone takes longer than a small step
 
 
 def refuse_dtensor(op: str, **tensors: object) -> None:

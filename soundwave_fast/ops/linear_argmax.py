@@ -29,14 +29,15 @@ def linear_argmax(
     return_argmax; with blank_row the blank is class V, scored by that row, and blank must be V.
 
     One GEMM over the vocabulary in chunks, each read once more. Lengths on the host (a list, a CPU tensor) also save
-    the work on what lies past them. Nothing waits for an accelerator. Under autocast hidden is cast to its dtype. Not
-    differentiable: the results need no gradient.
+    the work on what lies past them. Nothing waits for an accelerator. Under autocast hidden is cast to its dtype, and
+    weight always to hidden's, a chunk at a time. Not differentiable: the results need no gradient. A frame of NaN gets
+    NaN and some class.
 
     Raises ValueError for shapes that disagree, lengths out of range (not looked at on an accelerator) and a blank that
     is no class; TypeError for dtypes, and for a DTensor.
     """
     refuse_dtensor("linear_argmax", hidden=hidden, weight=weight, blank_row=blank_row)
-    hidden, blank_row = checked_head(hidden, weight, blank_row, blank)
+    hidden, blank_row = checked_head(hidden, weight, blank_row, blank, one_dtype=False)
     input_lengths = None if input_lengths is None else lengths_tensor(input_lengths)
     with torch.no_grad():
         return _best(hidden, weight, blank_row, input_lengths, blank)

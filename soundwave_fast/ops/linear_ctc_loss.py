@@ -44,8 +44,8 @@ def linear_ctc_loss(
     With blank_row the blank is class V, scored by that row: `weight` may be a frozen LLM embedding and is neither
     copied nor given a gradient, while blank_row trains. blank must then be V.
 
-    utterance_weights multiply each utterance's loss before the reduction (0 takes it out, whatever it is); they get no
-    gradient.
+    utterance_weights multiply each utterance's loss before the reduction (0 takes out an infinite one, too, but not the
+    gradients of frames that are NaN); they get no gradient.
 
     A weight that needs no gradient costs two GEMMs forward and backward together (one without any gradient); a
     trainable weight three, or four with reduction="none", whose per-utterance gradients are known only in backward:
@@ -62,7 +62,9 @@ def linear_ctc_loss(
     utterance_weights that require a gradient; TypeError for dtypes, and for a DTensor. On an accelerator values are not
     looked at: a wrong length or label makes the loss of its utterance NaN, and its gradient 0.
     """
-    refuse_dtensor("linear_ctc_loss", hidden=hidden, weight=weight, blank_row=blank_row)
+    refuse_dtensor(
+        "linear_ctc_loss", hidden=hidden, weight=weight, blank_row=blank_row, utterance_weights=utterance_weights
+    )
     check_reduction(reduction)
     hidden, blank_row = checked_head(hidden, weight, blank_row, blank)
     _check_weights(utterance_weights, hidden)
@@ -95,7 +97,7 @@ def _check_weights(weights: Tensor | None, hidden: Tensor) -> None:
         )
     if not weights.is_floating_point():
         raise TypeError(f"utterance_weights must be floating point, got {weights.dtype}")
-    if weights.requires_grad:
+    if weights.requires_grad and torch.is_grad_enabled():
         raise ValueError("utterance_weights must not require a gradient: none is computed")
 
 

@@ -24,6 +24,7 @@ def checked_head(
     weight: Tensor,  # (V, D)
     blank_row: Tensor | None,  # (D,)
     blank: int,
+    one_dtype: bool = True,  # whether hidden and weight must be of the same
 ) -> tuple[Tensor, Tensor | None]:
     """hidden in autocast's dtype, if that is on, and blank_row in hidden's. ValueError or TypeError: see the ops."""
     for name, x in (("hidden", hidden), ("weight", weight), ("blank_row", blank_row)):
@@ -47,7 +48,7 @@ def checked_head(
         raise ValueError(f"blank must lie in [0, {V}), got {blank}")
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    elif hidden.dtype != weight.dtype:
+    elif one_dtype and hidden.dtype != weight.dtype:
         raise TypeError(
             f"hidden is {hidden.dtype} and weight is {weight.dtype}: cast one of them, or call under torch.autocast"
         )

@@ -122,8 +122,8 @@ def best_classes(frames: Frames, head: Head) -> tuple[Tensor, Tensor]:
     softmax = Softmax.start(frames, need_argmax=True)
     for rows in frames.groups(_limit(FROZEN_ROWS, frames.x_ND)):
         _walk(frames, rows, head, softmax[rows], None, None)
-    # Both come from the same chunk values, so the best exceeds the logsumexp by rounding at most.
-    return softmax.argmax_N, (softmax.running_3N[0] - softmax.logsumexp()).clamp_(max=0.0)
+    # Where nothing is kept the offset is the maximum: no difference of two large numbers, however sure a frame is.
+    return softmax.argmax_N, softmax.sum_N.log().neg_().clamp_(max=0.0)
 
 
 def frozen_pass(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from soundwave_fast.ops.splice import check_values
+from soundwave_fast.ops.splice import check_prompts, check_values
 from soundwave_fast.packed import Packed
 
 _IGNORE = -100
@@ -33,6 +33,10 @@ class PromptCounts:
         attention_mask: Tensor | None = None,  # (B, L), non-zero marks text
         labels: Tensor | None = None,  # (B, L), -100 where nothing is to be predicted
     ) -> None:
+        """Raises TypeError or ValueError, naming the argument, as `splice` does for dtypes, shapes and devices."""
+        if placeholder_mask.dim() != 2:
+            raise ValueError(f"placeholder_mask must be (B, L), got {tuple(placeholder_mask.shape)}")
+        check_prompts(placeholder_mask, attention_mask, labels, placeholder_mask.shape, placeholder_mask.device)
         valid = torch.ones_like(placeholder_mask) if attention_mask is None else attention_mask != 0
         text = valid & ~placeholder_mask
         labelled = torch.zeros_like(text) if labels is None else text & (labels != _IGNORE)
@@ -59,6 +63,8 @@ class PromptCounts:
 
     def max_length(self, audio: Packed, layout: str = "right") -> int | None:
         """The spliced length M with these segments: of the longest prompt or, packed, of all; what `splice` needs.
+
+        Given as max_length it is also what `Spliced.max_len` says, which for a packed batch is no tight bound.
 
         None where the host does not know the audio's lengths: splice has to ask the accelerator then.
 

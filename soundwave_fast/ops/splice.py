@@ -79,13 +79,7 @@ def _check(text_embeds, audio, placeholder_mask, attention_mask, labels, layout,
     if text_embeds.dim() != 3:
         raise ValueError(f"text_embeds must be (B, L, D), got {tuple(text_embeds.shape)}")
     B, L, D = text_embeds.shape
-    if placeholder_mask.dtype != torch.bool:
-        raise TypeError(f"placeholder_mask must be bool, got {placeholder_mask.dtype}")
-    for name, x in (("placeholder_mask", placeholder_mask), ("attention_mask", attention_mask), ("labels", labels)):
-        if x is not None and x.shape != (B, L):
-            raise ValueError(f"{name} must be ({B}, {L}), got {tuple(x.shape)}")
-        if x is not None and x.device != text_embeds.device:
-            raise ValueError(f"{name} must be on text_embeds' device {text_embeds.device}, got {x.device}")
+    check_prompts(placeholder_mask, attention_mask, labels, (B, L), text_embeds.device)
     if audio.data.dim() != 2 or audio.data.shape[1] != D:
         raise ValueError(f"audio.data must be (rows, {D}), got {tuple(audio.data.shape)}")
     if audio.data.device != text_embeds.device:
@@ -95,6 +89,23 @@ def _check(text_embeds, audio, placeholder_mask, attention_mask, labels, layout,
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if max_length is not None and max_length < 0:
         raise ValueError(f"max_length must not be negative, got {max_length}")
+
+
+def check_prompts(
+    placeholder_mask: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> None:
+    """Raises TypeError or ValueError for a dtype, a shape or a device other than they must have."""
+    if placeholder_mask.dtype != torch.bool:
+        raise TypeError(f"placeholder_mask must be bool, got {placeholder_mask.dtype}")
+    for name, x in (("placeholder_mask", placeholder_mask), ("attention_mask", attention_mask), ("labels", labels)):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(x.shape)}")
+        if x is not None and x.device != device:
+            raise ValueError(f"{name} must be on the prompts' device {device}, got {x.device}")
 
 
 def check_values(placeholders: list[int], outside: list[int], segments: int) -> None:

@@ -162,6 +162,13 @@ def test_opcheck(trainable, with_blank_row):
         torch.library.opcheck(op._nll_gradients, (torch.ones(B, device=DEVICE), *plain, False))
 
 
+def test_weights_that_require_a_gradient_nobody_asks_for():
+    hidden, weight, _ = make(torch.float32)
+    with torch.no_grad():
+        args = (hidden, weight, padded(), INPUT_LENGTHS, TARGET_LENGTHS)
+        linear_ctc_loss(*args, utterance_weights=torch.ones(B, device=DEVICE, requires_grad=True))
+
+
 def test_opcheck_of_backward():
     grad_B, nll_B, dx, dblank = torch.ones(2), torch.ones(2), torch.randn(2, 3, 4), torch.randn(2, 4)
     none = torch.empty(0)

@@ -78,6 +78,23 @@ def test_refuses_what_splice_refuses():
         PromptCounts(placeholder, mask).max_length(segments(1, 0))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"placeholder_mask": torch.zeros(2, 4)}, TypeError, "placeholder_mask must be bool"),
+        ({"placeholder_mask": torch.zeros(4, dtype=torch.bool)}, ValueError, "placeholder_mask must be"),
+        ({"attention_mask": torch.ones(2, 5)}, ValueError, r"attention_mask must be \(2, 4\)"),
+        ({"labels": torch.ones(2, 5)}, ValueError, r"labels must be \(2, 4\)"),
+        ({"labels": torch.ones(2, 4, device="meta")}, ValueError, "labels must be on"),
+    ],
+)
+def test_refuses_what_does_not_fit(change, error, name):
+    good = {"placeholder_mask": torch.zeros(2, 4, dtype=torch.bool), "attention_mask": None, "labels": None}
+    PromptCounts(**good)
+    with pytest.raises(error, match=name):
+        PromptCounts(**{**good, **change})
+
+
 def test_audio_whose_lengths_only_the_device_knows():
     placeholder, *_ = prompts(2)
     audio = segments(int(placeholder.sum()), 2)
@@ -103,6 +120,16 @@ def test_loss_with_a_bound_on_the_labels(extra):
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, head.weight)) for x in (got, want)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_what_fills_up_the_bound_reaches_no_gradient():
+    head = torch.nn.Linear(D, 11, bias=False)
+    hidden = torch.randn(1, 4, D)
+    hidden[0, 0] = torch.nan  # predicts nothing
+    labels = torch.tensor([[1, -100, 2, 3]])
+    loss, count = next_token_loss(hidden.requires_grad_(), head, labels, 3)
+    grads = torch.autograd.grad(loss, (hidden, head.weight))
+    assert count == 2 and loss.isfinite() and all(grad.isfinite().all() for grad in grads)
 
 
 def test_peak_gather_leaves_its_counts_on_the_host():

@@ -23,7 +23,9 @@ def copy_rows(out_MD: Tensor, index_N: Tensor, rows_ND: Tensor) -> Tensor:
     wide = (
         out_MD.dtype == rows_ND.dtype
         and out_MD.is_contiguous() and rows_ND.is_contiguous()
-        and not any(x.shape[1] % ratio or x.storage_offset() % ratio for x in (out_MD, rows_ND))
+        and rows_ND.shape[1] > 0
+        # stride too: contiguous or not, a single row may have any
+        and not any(x.shape[1] % ratio or x.stride(0) % ratio or x.storage_offset() % ratio for x in (out_MD, rows_ND))
     )  # fmt: skip
     if wide:
         out_MD.view(_WIDEST).index_copy_(0, index_N, rows_ND.view(_WIDEST))
