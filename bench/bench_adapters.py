@@ -133,7 +133,7 @@ def case(train: bool) -> Case:
     )
 
 
-CASES = [case(train=True), case(train=False)]
+CASES = [case(train=False), case(train=True)]
 
 
 @rows(CASES)

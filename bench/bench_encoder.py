@@ -78,7 +78,7 @@ def case(B: int, seconds: int) -> Case:
         sources=("soundwave_fast/model/whisper.py",),
         tests="tests/model/test_whisper.py",
         compare=False,  # 30 s of context and a few seconds of it give different frames
-        rounds=7 if GPU else 5,
+        rounds=7 if GPU else 3,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from bench import parts, released, whole_batch
-from bench.harness import Case, Unavailable, device, record, rows
+from bench.harness import Case, device, record, rows
 
 TEXT, ANSWER = 24, 12
 GPU = device().type == "cuda"
@@ -64,8 +64,6 @@ def padded(stage: int, compiled: bool = False):
     """The audio side over the whole padded batch, compiled or not, and fused AdamW. The LLM is the same for all."""
 
     def make(case: Case, where: torch.device, seed: int):
-        if compiled and stage > 1 and not GPU:
-            raise Unavailable("stage 1 and the adapters' benchmark have it compiled; here it would be compiled again")
         model, batch, prompt, trained = _setup(case, where, seed, stage)
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         audio_side = _alignment if stage == 1 else whole_batch.audio_side

@@ -95,8 +95,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def uncompiled(case: Case) -> Case:
+    """On a CPU without the compiled providers: each case is a graph of its own, and compiling it takes ten seconds."""
+    kept = {name: make for name, make in case.providers.items() if device().type == "cuda" or "compiled" not in name}
+    return dataclasses.replace(case, providers=kept)
+
+
 def rows(cases: list[Case]):
-    """`@rows(CASES)`: one pytest row per case and provider."""
+    """`@rows(CASES)`: one pytest row per case and provider; all cases but the first are `uncompiled`."""
+    cases = [*cases[:1], *map(uncompiled, cases[1:])]
     pairs = [pytest.param(case, name, id=f"{case.id}-{name}") for case in cases for name in case.providers]
     return pytest.mark.parametrize(("case", "provider"), pairs)
 
@@ -265,7 +272,7 @@ def sweep_cases(bench: ModuleType) -> list[tuple[str, int, Case]]:
     """(dimension, value, case) of a bench module's SWEEP: its `case(**shape)` at BASE with one dimension changed."""
     sweep = getattr(bench, "SWEEP", {})
     return [
-        (along, value, bench.case(**{**bench.BASE, along: value}))
+        (along, value, uncompiled(bench.case(**{**bench.BASE, along: value})))
         for along, values in sweep.items()
         for value in sorted({*values, bench.BASE[along]})
     ]

@@ -83,6 +83,15 @@ def test_a_peer_that_does_not_compile_is_missing_and_ours_is_an_error():
         harness.measure(case("own", eager=sleeper(0.0), ours=uncompilable))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has them all")
+def test_a_cpu_compiles_the_first_case_alone():
+    providers = {"eager": sleeper(0.0), "eager, compiled": sleeper(0.0), "ours": sleeper(0.0)}
+    cases = [harness.Case("toy", name, {}, providers) for name in ("first", "second")]
+    pairs = [(x.values[0].variant, x.values[1]) for x in harness.rows(cases).args[1]]
+    first = [("first", name) for name in providers]
+    assert pairs == [*first, ("second", "eager"), ("second", "ours")]
+
+
 def test_sources_follow_imports():
     files = harness.Case("peak_gather", "", {}, {}).files
     assert {"bench/bench_peak_gather.py", "csrc_triton/ragged.py", "soundwave_fast/packed.py"} <= set(files)
