@@ -153,7 +153,8 @@ def headline(machine: dict, rows: list[dict], plot: str) -> list[str]:
         eager, than = f"**{mine['eager_ratio']:.2f}** ({mine['eager']})", f"{mine['ratio']:.2f} ({mine['baseline']})"
         lines.append(f"| `{mine['op']}` | {case} | {eager} | {than} | {memory} |")
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['versions'].get('torch', '?')}"
-    note = "forward and backward but for hearing, `linear_argmax` and `generate`; every row, with spread, peers and where ours is slower"
+    note = "forward and backward but for hearing, `linear_argmax` and `generate`; every row, with spread, peers and "
+    note += "where ours is slower"
     lines += ["", f"Measured on {where}, commit `{machine['commit'][:7]}`: {note}: `bench/RESULTS.md`."]
     points = SCALING / f"{'cuda' if 'cuda' in machine else 'cpu'}.json"
     if points.exists():  # its plots are drawn after this
@@ -171,8 +172,8 @@ def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, 
         "timed in turns in one process; a ratio is the median of the rounds' own ratios, with the lowest and the",
         "highest: first to the fastest eager code of the case, then to the baseline, its first row. Extra peak is the",
         "growth of memory over one call, in a process of its own. % of floor is the least time the work could take",
-        "(`soundwave_fast/cost_model.py`) over the median. On a CPU freed memory is kept, large tensors lie in huge pages,",
-        "and the first case of an op alone has compiled rows (`bench/harness.py` says why).",
+        "(`soundwave_fast/cost_model.py`) over the median. On a CPU freed memory is kept, large tensors lie in huge",
+        "pages, and the first case of an op alone has compiled rows (`bench/harness.py` says why).",
         "",
         *([] if any(is_gpu(path) for path in paths) else ["**No GPU row exists yet.**", ""]),
     ]
