@@ -109,7 +109,8 @@ def _cost(train: bool) -> cost_model.Cost:
     size, dtype = parts.size(device()), "bfloat16" if device().type == "cuda" else "float32"
     B, T = BASE["B"], BASE["T50"] // 2
     rows_ = B * T * 3 // 4  # utterances fill three quarters of the batch on average
-    align = cost_model.alignment_adapter(B, T, 2 * size.d_enc, size.hidden, 2 * size.hidden, train, dtype)
+    widths = 2 * size.d_enc, size.hidden, 2 * size.hidden
+    align = cost_model.alignment_adapter(B, T, *widths, True, dtype, backward=train)
     head = cost_model.linear_ctc_loss(rows_, size.hidden, size.vocab + 1, dtype, trainable=train, backward=train)
     return align + head
 

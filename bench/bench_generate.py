@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import mean, median
 
 import torch
@@ -13,7 +13,7 @@ from transformers import StoppingCriteriaList
 from bench import parts, released, whole_batch
 from bench.harness import INPUT_SETS, Case, Unavailable, device, record, rows
 
-TEXT, STILL = 24, 16
+TEXT = 24
 GPU = device().type == "cuda"
 T50, NEW = (1500, 64) if GPU else (200, 8)
 RELEASED, PADDED, COMPILED, OURS = "eager as released", "eager, padded", "eager, padded, compiled", "ours"
@@ -51,12 +51,8 @@ def _model(where: torch.device):
 
 def _setup(case: Case, where: torch.device, seed: int, provider: str):
     size, model = parts.size(where), _model(where)
-    batch = parts.speech(size, case.shape["B"], case.shape["T50"], 4, where, seed)
+    batch = parts.speech(size, case.shape["B"], case.shape["T50"], 4, where, seed, still=16)
     prompt = parts.prompt(size, case.shape["B"], TEXT, 0, where, model.config.audio_token_id, seed)
-    # Frames stand still for 0.32 s, so that runs of equal tokens form: 3 audio tokens a second, as trained models have.
-    # Of random frames every one would be a peak, and reading the prompt all there is to time.
-    still = batch.frames[:, ::STILL].repeat_interleave(STILL, 1)[:, : case.shape["T50"]]
-    batch = replace(batch, frames=still.contiguous())
     clock = _clocks.setdefault((case.id, provider), Clock())
     clock.audio_seconds[seed] = float(batch.lengths.sum()) / 50
     settings = {"max_new_tokens": case.shape["new"], "min_new_tokens": case.shape["new"], "do_sample": False}

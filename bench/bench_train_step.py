@@ -22,7 +22,7 @@ SHAPES[3] = SHAPES[2]
 def _setup(case: Case, where: torch.device, seed: int, stage: int):
     size = parts.size(where)
     model = parts.model(size, where, with_language_model=stage > 1, lora=stage > 1)
-    batch = parts.speech(size, **case.shape, device=where, seed=seed)
+    batch = parts.speech(size, **case.shape, device=where, seed=seed, still=16)
     prompt = parts.prompt(size, case.shape["B"], TEXT, ANSWER, where, model.config.audio_token_id, seed)
     for name, parameter in model.named_parameters():
         adapter = name.startswith(("alignment_adapter", "shrinking_adapter", "ctc_head"))

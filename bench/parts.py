@@ -110,11 +110,16 @@ class Speech:
     target_lengths: Tensor  # (B,)
 
 
-def speech(parts: Size, B: int, T50: int, S: int, device: torch.device, seed: int = 0) -> Speech:
-    """Random frames of ragged length (half of T50 and up), random transcripts."""
+def speech(parts: Size, B: int, T50: int, S: int, device: torch.device, seed: int = 0, still: int = 1) -> Speech:
+    """Random frames of ragged length (half of T50 and up), random transcripts.
+
+    Of random frames every one is a peak. Where an LLM reads them they stand `still` for 16 frames, 0.32 s, so that runs
+    of equal tokens form: 3 audio tokens a second, as trained models have.
+    """
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     frames = torch.randn(B, T50, parts.d_enc, generator=generator).to(dtype)
+    frames = frames[:, ::still].repeat_interleave(still, 1)[:, :T50].contiguous() if still > 1 else frames
     lengths = torch.randint(T50 // 2, T50 + 1, (B,), generator=generator)
     lengths[0] = T50
     targets = torch.randint(3, parts.vocab, (B, S), generator=generator)

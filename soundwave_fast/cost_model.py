@@ -114,14 +114,17 @@ def varlen_cross_attention(B: int, Lq: int, Lk: int, H: int, d: int, dtype: str,
     return Cost(matmuls * 2.0 * B * H * Lq * Lk * d, forward + (4 * queries + 4 * keys if backward else 0))
 
 
-def alignment_adapter(B: int, T: int, d_in: int, D: int, ffn: int, heads_over_time: bool, dtype: str) -> Cost:
-    """Forward and backward: projection, attention, feed-forward; attention over time if paper.
+def alignment_adapter(
+    B: int, T: int, d_in: int, D: int, ffn: int, heads_over_time: bool, dtype: str, backward: bool = True
+) -> Cost:
+    """Projection, attention, feed-forward; attention over time if paper. Backward is twice forward.
 
     Released, over an axis of length 1: its query and key projections change nothing and need not be computed.
     """
     weights = d_in * D + (4 if heads_over_time else 2) * D * D + 2 * D * ffn
-    flops = 3 * 2.0 * B * T * weights + (3 * 4.0 * B * T * T * D if heads_over_time else 0)
-    return Cost(flops, 3 * weights * ITEM[dtype] + 6 * B * T * D * ITEM[dtype])
+    flops = 2.0 * B * T * weights + (4.0 * B * T * T * D if heads_over_time else 0)
+    moved = weights * ITEM[dtype] + 2 * B * T * D * ITEM[dtype]
+    return Cost(3 * flops, 3 * moved) if backward else Cost(flops, moved)
 
 
 def shrinking_adapter(B: int, Lq: int, Lk: int, D: int, H: int, dtype: str) -> Cost:
