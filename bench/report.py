@@ -103,6 +103,14 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def _level(mine: dict, best: dict) -> str:
+    """Says so where the rounds do not agree on which of the two is faster, and the median is within 5 %."""
+    low, high = mine["eager_low"], mine["eager_high"]
+    if mine["eager"] != best["provider"] or not (mine["eager_ratio"] >= 0.95 and low <= 1 <= high):
+        return ""
+    return f", which is level: ours is {low:.2f} to {high:.2f} times as fast, from round to round"
+
+
 def _notes(rows: list[dict]) -> list[str]:
     """A line a case that has a note, or where something is faster than ours; and the rates of generation."""
     cases = defaultdict(dict)
@@ -116,7 +124,8 @@ def _notes(rows: list[dict]) -> list[str]:
         if mine is not None and others:
             best = max(others, key=lambda row: row["ratio"])
             if best["ratio"] > mine["ratio"]:
-                said.insert(0, f"{best['provider']} takes {mine['ratio'] / best['ratio']:.2f} of our time")
+                share = f"{best['provider']} takes {mine['ratio'] / best['ratio']:.2f} of our time"
+                said.insert(0, share + _level(mine, best))
         said += [
             f"{name} {row['tokens_per_second']:.1f} new tokens/s, the first after "
             f"{1e3 * row['first_token_seconds']:.0f} ms, real-time factor {row['real_time_factor']:.3f}"

@@ -91,7 +91,18 @@ def test_a_row_is_stale_when_its_files_changed(tmp_path, monkeypatch):
 
 def rows(**ratios: float) -> list[dict]:
     case = {"op": "splice", "variant": "right", "shape": {"B": 8}}
-    return [{**case, "provider": name, "ratio": ratio} for name, ratio in ratios.items()]
+    eager = max((name for name in ratios if not name.startswith("ours")), key=ratios.get)
+    found = []
+    for name, ratio in ratios.items():
+        against = ratio / ratios[eager]
+        spread = {"eager_ratio": against, "eager_low": 0.9 * against, "eager_high": 1.1 * against}
+        found.append({**case, **spread, "eager": eager, "provider": name, "ratio": ratio})
+    return found
+
+
+def test_what_is_level_is_said():
+    said = "eager takes 0.98 of our time, which is level: ours is 0.88 to 1.08 times as fast, from round to round"
+    assert report._notes(rows(eager=1.0, ours=0.98)) == [f"- right, B 8: {said}."]
 
 
 def test_what_is_slower_is_said():
