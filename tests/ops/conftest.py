@@ -1,4 +1,4 @@
-"""Fixtures for the ops: both of their implementations, poisoned memory, counted launches."""
+"""Fixtures for the ops: both implementations, poisoned memory, lengths the host does not know, counted launches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from soundwave_fast.ops import linear_ctc_parts
 from soundwave_fast.ops.backend import use_backend
 from tests.ops.backends import DEVICE
 
@@ -29,6 +30,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, _original=original, **k: _poisoned(_original(*a, **k)))
+
+
+@pytest.fixture(params=["lengths known", "lengths unknown"])
+def lengths_known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Unknown: what the ops over a head do when the lengths are on an accelerator, which they must not wait for."""
+    known = request.param == "lengths known"
+    monkeypatch.setattr(linear_ctc_parts, "known_to_host", lambda input_lengths, hidden: known)
+    return known
 
 
 @pytest.fixture

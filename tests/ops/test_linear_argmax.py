@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from soundwave_fast.ops import linear_argmax, linear_ctc_loss, linear_ctc_parts
+from soundwave_fast.ops import linear_argmax, linear_ctc_loss
 from soundwave_fast.ops.backend import use_backend
 from tests.ops.backends import DEVICE, DTensor
 from tests.ops.linear_ctc_cases import INPUT_LENGTHS, TARGET_LENGTHS, B, D, T, V, make, padded, shrink_chunks
@@ -17,13 +17,6 @@ op = importlib.import_module("soundwave_fast.ops.linear_argmax")  # the package 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     shrink_chunks(monkeypatch)
-
-
-@pytest.fixture(params=["lengths known", "lengths unknown"])
-def lengths_known(request, monkeypatch) -> None:
-    """Unknown: what the op does when the lengths are on an accelerator, which it must not wait for."""
-    known = request.param == "lengths known"
-    monkeypatch.setattr(linear_ctc_parts, "known_to_host", lambda input_lengths, hidden: known)
 
 
 def truth(hidden, weight, lengths, blank, blank_row=None):

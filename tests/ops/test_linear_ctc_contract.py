@@ -164,9 +164,10 @@ def test_opcheck(trainable, with_blank_row):
 
 def test_weights_that_require_a_gradient_nobody_asks_for():
     hidden, weight, _ = make(torch.float32)
+    args = (hidden, weight, padded(), INPUT_LENGTHS, TARGET_LENGTHS, 0, "sum", True)
     with torch.no_grad():
-        args = (hidden, weight, padded(), INPUT_LENGTHS, TARGET_LENGTHS)
-        linear_ctc_loss(*args, utterance_weights=torch.ones(B, device=DEVICE, requires_grad=True))
+        doubled = linear_ctc_loss(*args, utterance_weights=torch.full((B,), 2.0, device=DEVICE, requires_grad=True))
+        torch.testing.assert_close(doubled, 2 * linear_ctc_loss(*args))
 
 
 def test_opcheck_of_backward():

@@ -43,14 +43,6 @@ def small_chunks(monkeypatch):
     shrink_chunks(monkeypatch)
 
 
-@pytest.fixture(params=["lengths known", "lengths unknown"])
-def lengths_known(request, monkeypatch) -> bool:
-    """Unknown: what the op does when the lengths are on an accelerator, which it must not wait for."""
-    known = request.param == "lengths known"
-    monkeypatch.setattr(linear_ctc_parts, "known_to_host", lambda input_lengths, hidden: known)
-    return known
-
-
 def check_values_and_gradients(reduction, grads, with_blank_row):
     hidden, weight, blank_row = make()
     blank_row, blank = (blank_row, V) if with_blank_row else (None, 0)
