@@ -4,12 +4,14 @@
 #   PYTHON=python3.12    the interpreter that creates .venv (>= 3.10; the pinned environment needs >= 3.11)
 #   TORCH_INDEX=URL      package index for torch alone. On the public index torch for Linux is the CUDA build;
 #                        on a machine without a GPU set this to PyTorch's CPU wheel index to avoid CUDA wheels.
+#   TORCH="torch==2.11"  the torch of a GPU machine [torch>=2.11,<2.14: what the tests have run on]
 #   DEMO_ARGS="..."      passed on to `make demo`
 #   TEST_ARGS="..."      passed on to pytest [-n 2 --dist loadfile: two processes, a file of tests each at a time]
 #   SUITE_ARGS="..."     passed on to `make gpu`
 
 PYTHON      ?= python3
 TORCH_INDEX ?=
+TORCH       ?= torch>=2.11,<2.14
 DEMO_ARGS   ?=
 TEST_ARGS   ?= -n 2 --dist loadfile
 SUITE_ARGS  ?=
@@ -36,14 +38,14 @@ help:
 env: $(STAMP)
 
 # torch comes first and without its dependencies: if it is a CUDA build on a machine without a GPU, this stops before
-# gigabytes of CUDA packages follow. On a GPU machine torch and triton are left to the index (or to what is installed).
+# gigabytes of CUDA packages follow. On a GPU machine it brings its own triton, and its bounds on setuptools.
 $(STAMP): pyproject.toml setup.py constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "make env: needs Python >= 3.10; '$(PYTHON)' is not. Set PYTHON=/path/to/python3" >&2; exit 2; }
 	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 ifeq ($(HAS_GPU),1)
-	@grep -vE '^(torch|triton)==' constraints-cpu.txt > $(VENV)/constraints.txt
-	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch>=2.11'
+	@grep -vE '^(torch|triton|setuptools)==' constraints-cpu.txt > $(VENV)/constraints.txt
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
 else
 	@cp constraints-cpu.txt $(VENV)/constraints.txt
 	$(PIP) install --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch==2.13.0'

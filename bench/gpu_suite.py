@@ -196,6 +196,10 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --dry-run rehearses on a CPU")
     sys.path[:0] = [str(ROOT)]
+    from csrc_triton.launch import interpreter_error
+
+    if args.dry_run and (error := interpreter_error()):
+        parser.error(error)
     out = (args.out or ROOT / "runs" / f"gpu_suite{'-rehearsal' if args.dry_run else ''}").resolve()
     try:
         claim(out, args.dry_run)

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+import csrc_triton.launch  # noqa: F401  refuses versions whose interpreter cannot run kernels: once, not test by test
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available() or os.environ.get("SOUNDWAVE_REHEARSE") == "1":  # see tests/gpu/conftest.py
