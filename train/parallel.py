@@ -103,6 +103,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def sum_on_host(values: Tensor, world: World) -> Tensor:
+    """Element-wise sum over ranks of a tensor of the host, on the host; one rank waits for no device."""
+    return values if world.size == 1 else sum_over_ranks(values.to(world.device)).cpu()
+
+
 def trained_state(model: nn.Module, also: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Full tensors of all trainable parameters, on rank 0's CPU (elsewhere possibly empty); a collective.
 

@@ -109,8 +109,8 @@ class TrainStep:
                 if name:
                     self.cache[name] = row
             rows.append(row)
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float().to(device)
-        return padded, (batch.mel_lengths // MEL_PER_FRAME).to(device)
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float().to(device, non_blocking=True)
+        return padded, (batch.mel_lengths // MEL_PER_FRAME).to(device, non_blocking=True)
 
     def _audio_inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The encoder's input, or its cached output, for the model's forward."""
@@ -118,8 +118,8 @@ class TrainStep:
             frames, lengths = self.encoded(batch)
             return {"encoder_frames": frames, "frame_lengths": lengths}
         device = self.world.device
-        mels = SoundwaveProcessor.pad_mels(batch.mels).to(device)
-        return {"input_features": mels, "feature_lengths": batch.mel_lengths.to(device)}
+        mels = SoundwaveProcessor.pad_mels(batch.mels).to(device, non_blocking=True)
+        return {"input_features": mels, "feature_lengths": batch.mel_lengths.to(device, non_blocking=True)}
 
     # -- the step ----------------------------------------------------------------------------------------------
 
@@ -139,19 +139,20 @@ class TrainStep:
                 **self._audio_inputs(batch),
             )
         loss = weight * out.ctc_sum / counts[1].clamp_min(1)
-        sums = [torch.zeros(()), out.ctc_sum, torch.zeros(()), out.frame_lengths.sum()]
+        none = torch.zeros_like(out.ctc_sum)
+        sums = [none, out.ctc_sum, none, out.frame_lengths.sum()]
         if self.stage > 1:
             loss = loss + out.ce_sum / counts[0].clamp_min(1)
             sums[0], sums[2] = out.ce_sum, out.audio_lengths.sum()
         # FSDP averages gradients over ranks; the counts are already global, so the sum is wanted
         (loss.float() * self.world.size).backward()
-        return torch.stack([value.detach().double().to(self.world.device) for value in sums])
+        return torch.stack([value.detach().double() for value in sums])
 
     def _train_step(self, batches: list[Batch]) -> dict:
         """One optimizer step; its figures, summed over ranks. Skipped where loss or gradient is not finite."""
         started, name = time.perf_counter(), f"step {self.step + 1}"
         self.watchdog.at(f"{name}: counts")
-        counts = parallel.sum_over_ranks(sum(map(counted, batches)).to(self.world.device))
+        counts = parallel.sum_on_host(sum(map(counted, batches)), self.world)
         self.drawn, self.unused = untally(counts[5:])
         factor = self._learning_rate()
         for group in self.optimizer.param_groups:
@@ -165,8 +166,9 @@ class TrainStep:
         sums = parallel.sum_over_ranks(sums)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.optim.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        ce, ctc = float(sums[0] / counts[0].clamp_min(1)), float(sums[1] / counts[1].clamp_min(1))
-        good = math.isfinite(ce) and math.isfinite(ctc) and bool(torch.isfinite(norm))  # the same on all ranks
+        ce, ctc, audio_tokens, frames, norm = torch.stack([*sums, norm.double()]).tolist()  # the step's one read
+        ce, ctc = ce / max(float(counts[0]), 1.0), ctc / max(float(counts[1]), 1.0)
+        good = all(map(math.isfinite, (ce, ctc, norm)))  # the same on all ranks
         if good:
             self.optimizer.step()
         self.bad_steps = 0 if good else self.bad_steps + 1
@@ -175,14 +177,14 @@ class TrainStep:
         return {
             "ce": ce,
             "ctc": ctc,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "lr_factor": factor,
             "skipped_step": not good,
             "predicted": int(counts[0]),
             "text_tokens": int(counts[2]),
             "utterances": int(counts[3]),
             "audio_s": float(counts[4]),
-            "frames": int(sums[3]),
-            "audio_tokens": int(sums[2]),
+            "frames": int(frames),
+            "audio_tokens": int(audio_tokens),
             "step_s": time.perf_counter() - started,
         }

@@ -125,8 +125,8 @@ class Trainer(TrainStep):
         self.watchdog.at(f"step {self.step}: agreeing on what is next")
         due = self.world.main and time.monotonic() - saved_at >= self.config.run.save_every
         came = [float(self.signals.number == number) for number in EXIT]
-        flags = torch.tensor([*came, float(due), float(self.checkpoints.failed)], device=self.world.device)
-        *came, due, failed = parallel.sum_over_ranks(flags).tolist()
+        flags = torch.tensor([*came, float(due), float(self.checkpoints.failed)])
+        *came, due, failed = parallel.sum_on_host(flags, self.world).tolist()
         if failed:
             self.checkpoints.wait()
             raise UserError(f"{self.checkpoints.folder}: another rank could not write; the last checkpoint is intact")
