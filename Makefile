@@ -4,7 +4,7 @@
 #   PYTHON=python3.12    the interpreter that creates .venv (>= 3.10; the pinned environment needs >= 3.11)
 #   TORCH_INDEX=URL      package index for torch alone. On the public index torch for Linux is the CUDA build;
 #                        on a machine without a GPU set this to PyTorch's CPU wheel index to avoid CUDA wheels.
-#   TORCH="torch==2.11"  the torch of a GPU machine [torch>=2.11,<2.14: what the tests have run on]
+#   TORCH="torch==2.11"  the torch of a GPU machine [torch>=2.11,<2.14: what the tests have run on]; before .venv is made
 #   DEMO_ARGS="..."      passed on to `make demo`
 #   TEST_ARGS="..."      passed on to pytest [-n 2 --dist loadfile: two processes, a file of tests each at a time]
 #   SUITE_ARGS="..."     passed on to `make gpu`

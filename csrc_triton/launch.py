@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import os
 
-import numpy
 import triton
 from torch import Tensor
 
 # tl.dot on bf16 is silently wrong in the interpreter (triton 3.7), so kernels take `UPCAST: tl.constexpr = INTERPRETED`
 # and widen their operands there. On a GPU the flag costs nothing.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def interpreter_error(triton_version: str = triton.__version__, numpy_version: str = numpy.__version__) -> str | None:
-    """Why kernels cannot be interpreted with these versions; None where they can."""
-    old, new = ([int(x) for x in v.split(".")[:2]] for v in (triton_version, numpy_version))
-    if old < [3, 7] and new >= [2, 4]:  # it converts arrays of one element to int, which NumPy 2.4 refuses
-        return f"the interpreter of Triton {triton_version} fails under NumPy {numpy_version}: install 'numpy<2.4'"
-    return None
-
-
-if INTERPRETED and (_error := interpreter_error()):
-    raise ImportError(_error)
 
 
 def block(n: int, least: int = 16, most: int = 1 << 20) -> int:

@@ -1,10 +1,9 @@
-"""What tests share: the environment (before torch is imported), seeds, tiny random parts, speech, the command line."""
+"""What tests share: the environment (before others import), seeds, tiny random parts, speech, the command line."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -18,7 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-import csrc_triton.launch  # noqa: F401  refuses versions whose interpreter cannot run kernels: once, not test by test
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
+
+from csrc_triton.interpreter import interpreter_error
+
+
+def pytest_configure() -> None:
+    if os.environ["TRITON_INTERPRET"] == "1" and (error := interpreter_error()):
+        raise pytest.UsageError(error)  # once, not test by test
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ def wrap(model: nn.Module, run: Run, device: torch.device, backend: str = "induc
 
     What wraps is inside a module's hooks (FSDP's among them), and steps aside in evaluation, whose shapes and cache
     would be compiled for nothing. The programs serve all layers and lengths: of the LLM's layer there is one for the
-    first, whose input is a view, and one for the others, each for one prompt and for several.
+    first, whose input is a view, and one for the others, each with and without padding, for one prompt and for several.
 
     Args:
         backend: torch.compile's.

@@ -18,6 +18,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    host_group: Any = None  # of gloo, for numbers of the host: over nccl they would wait for the device
 
     @property
     def main(self) -> bool:
@@ -33,8 +34,9 @@ def start() -> World:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    grouped = dist.is_initialized()
-    return World(dist.get_rank() if grouped else 0, dist.get_world_size() if grouped else 1, device)
+    if not dist.is_initialized():
+        return World(0, 1, device)
+    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
 
 
 def stop() -> None:
@@ -104,8 +106,10 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def sum_on_host(values: Tensor, world: World) -> Tensor:
-    """Element-wise sum over ranks of a tensor of the host, on the host; one rank waits for no device."""
-    return values if world.size == 1 else sum_over_ranks(values.to(world.device)).cpu()
+    """Element-wise sum over ranks of a tensor of the host; in place, and without a wait for the device."""
+    if world.size > 1:
+        dist.all_reduce(values, group=world.host_group)
+    return values
 
 
 def trained_state(model: nn.Module, also: tuple[str, ...] = ()) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ class TrainStep:
 
     def _corpus_tokens(self) -> Tensor:
         tokens = {t for row in self.rows if row.text.strip() for t in self.processor.ctc_ids(row.text)}
-        return torch.tensor(sorted(tokens), device=self.world.device)
+        return torch.tensor(sorted(tokens))
 
     def _candidates(self) -> Tensor | None:
         """The corpus' tokens and `ctc_candidates` random others, the same on all ranks and after a resume."""
@@ -78,7 +78,7 @@ class TrainStep:
         generator = torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + self.step)
         vocabulary = self.model.config.text_config.vocab_size
         others = torch.randint(vocabulary, (self.config.optim.ctc_candidates,), generator=generator)
-        return torch.unique(torch.cat([self.candidates, others.to(self.candidates.device)]))
+        return torch.unique(torch.cat([self.candidates, others])).to(self.world.device, non_blocking=True)
 
     def _learning_rate(self) -> float:
         """Warm-up, plateau, cosine: a factor on every group's peak."""
@@ -104,8 +104,9 @@ class TrainStep:
             row = self.cache.get(name)
             if row is None:
                 with self.autocast():
-                    frames, _ = self.model.encode(mel[None].to(device), length[None].to(device))
-                row = frames[0, : length // MEL_PER_FRAME].to(torch.float16).cpu()
+                    alone = [x[None].to(device, non_blocking=True) for x in (mel, length)]
+                    frames, _ = self.model.encode(*alone)
+                row = frames[0, : int(length) // MEL_PER_FRAME].to(torch.float16).cpu()
                 if name:
                     self.cache[name] = row
             rows.append(row)
@@ -125,6 +126,7 @@ class TrainStep:
 
     def _forward_backward(self, batch: Batch, counts: Tensor) -> Tensor:
         """Backward of this batch's share of the global mean loss; returns (ce sum, ctc sum, audio tokens, frames)."""
+        audio = self._audio_inputs(batch)
         batch = batch.to(self.world.device)
         weight = self.config.model.ctc_weight if self.stage > 1 else 1.0
         with self.autocast():
@@ -136,7 +138,7 @@ class TrainStep:
                 ctc_target_lengths=batch.ctc_target_lengths,
                 ctc_candidates=self._candidates(),
                 packed=self.packed,
-                **self._audio_inputs(batch),
+                **audio,
             )
         loss = weight * out.ctc_sum / counts[1].clamp_min(1)
         none = torch.zeros_like(out.ctc_sum)

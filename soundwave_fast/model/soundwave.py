@@ -316,9 +316,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
             out["audio_lengths"] = audio.lengths
             if labels is None or not torch.is_grad_enabled():
                 out["audio_hidden_states"] = audio.data
-            # Neither layout has a mask. Packed: positions that start anew tell every attention of transformers where a
-            # prompt begins. Right: padding comes last, where causal attention never looks; without a mask, and without
-            # positions that might start anew, it takes the causal kernel instead of reading a square a prompt.
+            # packed: no mask; positions that start anew tell every attention of transformers where a prompt begins
             layout = "packed" if packed else "right"
             spliced = self._splice(input_ids, attention_mask, labels, audio, layout, counts)
             return self._read(
@@ -327,7 +325,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
                 spliced.labels,
                 None if labels is None or counts is None else counts.labels(),
                 inputs_embeds=spliced.inputs_embeds,
-                position_ids=spliced.position_ids if packed else None,
+                attention_mask=spliced.attention_mask,
+                position_ids=spliced.position_ids,
                 use_cache=bool(use_cache),
                 **reading,
             )

@@ -13,7 +13,7 @@ import torch
 
 from bench import gpu_suite, harness, profile_step, report, suite_steps, tune
 from bench.suite_tunables import TUNABLES, Tunable
-from csrc_triton import tuning
+from csrc_triton import interpreter, tuning
 
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses on a CPU")
 
@@ -39,6 +39,18 @@ def test_dry_run_leaves_everything(tmp_path):
     (results,) = tmp_path.glob("*_*_*.json")
     assert len(report.load(results)[1]) == len(document["rows"])
     assert "== tuned: " in done.stdout
+
+
+def test_versions_whose_interpreter_fails_are_refused(monkeypatch, capsys, tmp_path):
+    old = {"triton": "3.6.0", "numpy": "2.5.2"}
+    refusal = interpreter.interpreter_error(old)
+    assert "numpy<2.4" in refusal and "3.6.0" in refusal
+    for versions in ({**old, "numpy": "2.3.5"}, {**old, "triton": "3.7+git1"}, {**old, "triton": "3.10.0"}):
+        assert interpreter.interpreter_error(versions) is None
+    monkeypatch.setattr(interpreter, "interpreter_error", lambda: refusal)
+    with pytest.raises(SystemExit) as stop:
+        gpu_suite.main(["--dry-run", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and refusal in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # -- interrupted, failing and hanging steps --------------------------------------------------------------------------

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")
-
-import torch
+    os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 
 from soundwave_fast.ops import ctc_loss, linear_argmax, linear_ctc_loss, peak_gather, splice, varlen_cross_attention
 from soundwave_fast.ops.backend import use_backend

@@ -3,7 +3,9 @@
 What a GPU punishes and a CPU hides: work on tensors of two devices, memory of the host handed to a kernel, and waits
 for the device (`.item()`, a blocking copy, a boolean index). Inside `simulated_cuda()` a tensor moved to "cuda" is
 computed by the CPU, kernels run in Triton's interpreter on what is behind it, mixed devices raise as CUDA does, and
-every wait is noted with its place. It cannot show races, timing, what inductor makes for the device, nor its rounding.
+waits are noted with their place. It cannot show races, timing, graphs, what inductor makes for the device or how that
+rounds; nor what `torch.cuda.is_available()` decides (it says no), generators of the device, the types CUDA's autocast
+gives (the CPU's are used), streams of backward's own thread, or that copies from memory that is not pinned may wait.
 """
 
 from __future__ import annotations
@@ -28,10 +30,8 @@ OURS = ("csrc_triton/", "soundwave_fast/", "train/")
 
 aten = torch.ops.aten
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
-# The host needs the value, or with it the size of the result.
-WAITING = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
-WAITING |= {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_dim.default}
-WAITING |= {aten.repeat_interleave.Tensor, aten.bincount.default}
+JOINING = {aten.cat.default, aten.stack.default}  # these take no scalar of the host, as arithmetic does
+WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # the host needs a value, or a size
 
 
 class Wait(NamedTuple):
@@ -47,15 +47,19 @@ class Wait(NamedTuple):
 
 
 waits: list[Wait] = []
+on_the_way: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies to the host that nobody has waited for, their values
 
 
 def note(what: str) -> None:
-    """A wait, called for by the innermost line that is neither torch's nor this file's."""
+    """A wait, called for by the innermost line that is neither torch's nor this file's. What was on the way arrives."""
     frame = sys._getframe(1)
     while frame.f_back and (frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename):
         frame = frame.f_back
     path = frame.f_code.co_filename.removeprefix(f"{ROOT}/").rpartition("site-packages/")[2]
     waits.append(Wait(what, f"{path}:{frame.f_lineno}"))
+    while on_the_way:
+        copy, value = on_the_way.pop()
+        copy.copy_(value)
 
 
 class OnDevice(torch.Tensor):
@@ -106,26 +110,40 @@ def behind(tree: Any) -> Any:
     return tree_map_only(OnDevice, lambda x: x.behind, tree)
 
 
+def read(tree: Any) -> Any:
+    """Values of tensors all of which must be on the device."""
+    left = [tuple(x.shape) for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and not isinstance(x, OnDevice)]
+    assert not left, f"left on the host: {left}"
+    return behind(tree)
+
+
 def check(func: Any, args: tuple, kwargs: dict) -> None:
     """Raises where CUDA would refuse the operation, and notes where it would wait."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    strays = [tuple(x.shape) for x in tensors if not isinstance(x, OnDevice) and x.dim() > 0]
-    if func in WAITING:
-        note(str(func))
+    host = [x for x in tensors if not isinstance(x, OnDevice)]
+    strays = [x for x in host if x.dim() > 0 or func in JOINING]
     if func in INDEXING:
         indices = [i for i in args[1] if i is not None]
         if not isinstance(args[0], OnDevice):
             raise RuntimeError(f"{func}: indices on cuda:0 into a tensor of the host")
+        if any(x is value for value in args[2:3] for x in strays):
+            raise RuntimeError(f"{func}: values of the host put into a tensor on cuda:0")
         if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
             note(f"{func} by a mask")
         elif any(not isinstance(i, OnDevice) and i.dim() for i in indices):
             note(f"{func} by indices of the host")
     elif func is aten.copy_.default:
-        if strays and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
+        if host and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
             note("a copy between host and device")
-    elif strays and not sys._getframe(2).f_code.co_filename.endswith("torch/autograd/graph.py"):
-        # backward in C++ makes zeros for what nobody used, where C++ takes the tensors to be: on the host
-        raise RuntimeError(f"{func}: tensors on cuda:0 and on the host, the latter {strays}")
+    elif strays and not (_by_autograd() and not any(x.any() for x in strays)):
+        raise RuntimeError(f"{func}: tensors on cuda:0 and on the host, the latter {[tuple(x.shape) for x in strays]}")
+    elif not WAITING.isdisjoint(func.tags) and kwargs.get("output_size") is None:
+        note(str(func))
+
+
+def _by_autograd() -> bool:
+    """Whether its engine called: C++ makes zeros for what nobody used, and takes these tensors to be on the host."""
+    return sys._getframe(3).f_code.co_filename.endswith("torch/autograd/graph.py")
 
 
 class ToDevice(torch.autograd.Function):
@@ -153,7 +171,11 @@ def moved(x: torch.Tensor, place: str, non_blocking: bool) -> torch.Tensor:
         return x
     if not non_blocking:
         note(f"a copy to {place}")
-    return (ToDevice if place == "cuda" else ToHost).apply(x)
+    out = (ToDevice if place == "cuda" else ToHost).apply(x)
+    if non_blocking and place == "cpu":  # not there yet: whoever reads it without a wait reads this
+        on_the_way.append((out.detach(), out.detach().clone()))
+        out.detach().fill_(torch.tensor(113).to(out.dtype))
+    return out
 
 
 # -- what of torch is replaced meanwhile ---------------------------------------------------------------------------
@@ -212,12 +234,15 @@ def on_cpu(function: Callable, device: str, *args: Any, **kwargs: Any) -> Any:
 
 
 class Event:
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.recorded = False
 
-    def record(self, *args: Any) -> None: ...
+    def record(self, *args: Any) -> None:
+        self.recorded = True
 
     def synchronize(self) -> None:
-        note("an event")
+        if self.recorded:  # CUDA returns at once from one that never was
+            note("an event")
 
 
 @contextlib.contextmanager
@@ -246,6 +271,7 @@ def simulated_cuda() -> Iterator[list[Wait]]:
     replaced += [(torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", grouped)]
     replaced += [(GridExecutor, "__call__", on_device), (backend, "_PLAIN", (*backend._PLAIN, OnDevice))]
     waits.clear()
+    on_the_way.clear()
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # model.to("cuda") keeps parameters, and ties
     with contextlib.ExitStack() as stack:

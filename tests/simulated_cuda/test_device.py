@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-from csrc_triton.launch import interpreter_error
 from soundwave_fast.ops import peak_gather
 from soundwave_fast.ops.backend import use_backend
-from tests.simulated_cuda.device import DEVICE, OnDevice, behind, simulated_cuda
+from tests.simulated_cuda.device import DEVICE, OnDevice, read, simulated_cuda
 
 
 def test_values_gradients_views_and_in_place(waits):
@@ -19,7 +18,7 @@ def test_values_gradients_views_and_in_place(waits):
         y = leaf * 2
         y[1:].mul_(torch.arange(3.0, device=leaf.device))
         results.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
-    assert all(torch.equal(a, b) for a, b in zip(results[0], behind(results[1]), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results[0], read(results[1]), strict=True))
 
 
 def test_modules_keep_their_parameters_and_ties(waits):
@@ -29,12 +28,18 @@ def test_modules_keep_their_parameters_and_ties(waits):
     truth, known = module(x).detach(), id(module[0].weight)
     module.to("cuda")
     assert id(module[0].weight) == id(module[1].weight) == known and module[0].weight.is_cuda
-    assert torch.equal(behind(module(x.to("cuda"))), truth)
+    assert torch.equal(read(module(x.to("cuda"))), truth)
 
 
 def test_what_cuda_refuses(waits):
     here, there = torch.randn(3), torch.randn(3, device="cuda")
-    for mixed in (lambda: here + there, lambda: torch.cat([here, there]), lambda: here[there.long()]):
+    for mixed in (
+        lambda: here + there,
+        lambda: torch.cat([here, there]),
+        lambda: torch.stack([here.sum(), there.sum()]),
+        lambda: here[there.long()],
+        lambda: there.__setitem__(there > 0, here),
+    ):
         with pytest.raises(RuntimeError, match="cuda:0"):
             mixed()
     with pytest.raises(TypeError, match="cuda:0"):
@@ -65,6 +70,8 @@ WAITING = {
     "list of indices": lambda x, mask: x[[0, 2]],
     "nonzero": lambda x, mask: mask.nonzero(),
     "repeat_interleave": lambda x, mask: x.repeat_interleave(mask.long()),
+    "unique": lambda x, mask: x.unique_consecutive(),
+    "a scalar of the host": lambda x, mask: x[0].copy_(torch.zeros(())),
 }
 FREE = {
     "arithmetic": lambda x, mask: (x * 2 + 1).where(mask, 0.0).cumsum(0),
@@ -74,6 +81,7 @@ FREE = {
     "copies that do not wait": lambda x, mask: (
         torch.ones(3).to(x.device, non_blocking=True).to("cpu", non_blocking=True)
     ),
+    "repeat_interleave of a known size": lambda x, mask: x.repeat_interleave(mask.long(), output_size=3),
     "another dtype": lambda x, mask: x.to(torch.float64).to(x),
 }
 
@@ -91,6 +99,33 @@ def test_what_does_not_wait_is_not(waits, name):
     assert waits == []
 
 
+def test_a_copy_is_there_once_somebody_has_waited(waits):
+    x = torch.arange(3, device="cuda")
+    copy, event = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.synchronize()
+    assert copy.tolist() == [113] * 3 and waits == [], "the event was not recorded"
+    event.record()
+    event.synchronize()
+    assert copy.tolist() == [0, 1, 2] and len(waits) == 1
+
+
+def test_a_gradient_of_the_host_is_not_taken_for_autograds_zeros(waits):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.ones(3)
+
+    x = torch.randn(3, device="cuda", requires_grad=True)
+    with pytest.raises((RuntimeError, AssertionError), match="host"):
+        read(torch.autograd.grad((Wrong.apply(x) + x).sum(), x))
+    with pytest.raises(AssertionError, match="left on the host"):
+        read(torch.autograd.grad(Wrong.apply(x).sum(), x))
+
+
 def test_afterwards_torch_is_as_before():
     before = {name: getattr(torch, name) for name in ("empty", "tensor", "compile", "Generator")}
     with simulated_cuda():
@@ -106,8 +141,3 @@ def test_the_meta_device_stays_what_it_is():
         assert torch.empty(2).is_meta
     with torch.device("meta"):
         assert torch.empty(2).is_meta
-
-
-def test_versions_whose_interpreter_fails_are_refused():
-    assert "numpy<2.4" in interpreter_error("3.6.0", "2.5.2")
-    assert interpreter_error("3.6.0", "2.3.5") is interpreter_error("3.7.1", "2.5.2") is interpreter_error() is None

@@ -11,7 +11,7 @@ import torch
 from soundwave_fast import generate
 from tests.model import tiny
 from tests.model.test_generation import PROMPTS, SETTINGS, inputs_of
-from tests.simulated_cuda.device import behind
+from tests.simulated_cuda.device import read
 
 PEAKS, COUNTS = "soundwave_fast/ops/peak_gather.py", "soundwave_fast/ops/prompt_counts.py"
 
@@ -62,9 +62,9 @@ def test_a_training_step_waits_for_the_peaks_alone(waits, pairs, preset, seconds
     out = there(**inputs, packed=packed)
     out.loss.backward()
     assert ours(waits) == {PEAKS: 1, COUNTS: 2}, waits
-    torch.testing.assert_close(behind(out.loss), truth.loss, rtol=1e-5, atol=0)
-    assert torch.equal(behind(out.audio_lengths), truth.audio_lengths)
-    found = {name: behind(p.grad) for name, p in there.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(read(out.loss), truth.loss, rtol=1e-5, atol=0)
+    assert torch.equal(read(out.audio_lengths), truth.audio_lengths)
+    found = {name: read(p.grad) for name, p in there.named_parameters() if p.grad is not None}
     assert found.keys() == grads.keys() and len(found) > 20
     for name, grad in grads.items():
         assert (found[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
@@ -84,7 +84,7 @@ def test_generation_gives_the_same_tokens(waits, pairs, preset, options):
     inputs = on_device(inputs)
     waits.clear()
     out = there.generate(**inputs, **SETTINGS, **options)
-    assert torch.equal(behind(out), truth)
+    assert torch.equal(read(out), truth)
     assert ours(waits) == {PEAKS: 1, COUNTS: 1 if "lora_without_audio" not in options else 2}, waits
 
 
@@ -104,7 +104,7 @@ def test_text_alone(waits, pair):
     model, processor = pair
     inputs = processor(text=[processor.prompt(prompt, 0) for prompt in PROMPTS])
     truth = model.generate(**inputs, **SETTINGS)
-    assert torch.equal(behind(copy.deepcopy(model).to("cuda").generate(**on_device(inputs), **SETTINGS)), truth)
+    assert torch.equal(read(copy.deepcopy(model).to("cuda").generate(**on_device(inputs), **SETTINGS)), truth)
 
 
 def test_recordings_to_words_and_answers(waits, pair):

@@ -8,7 +8,7 @@ from soundwave_fast.ops import PromptCounts, linear_argmax, peak_gather, splice
 from tests.gpu import calls
 from tests.gpu.conftest import TINY
 from tests.ops.test_ragged_road import BATCHES, batch, road
-from tests.simulated_cuda.device import DEVICE, behind
+from tests.simulated_cuda.device import DEVICE, read
 
 LAYOUTS = ("right", "left", "packed")
 
@@ -20,7 +20,7 @@ def test_no_op_waits_whose_sizes_are_known(waits, name):
     waits.clear()
     ours = call()
     assert waits == [] and all(x.is_cuda for x in ours)
-    for a, b in () if call.seeded else zip(behind(ours), truth, strict=True):  # each draws dropout in its own way
+    for a, b in () if call.seeded else zip(read(ours), truth, strict=True):  # each draws dropout in its own way
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -30,7 +30,7 @@ def test_best_classes_do_not_wait(waits):
     truth = linear_argmax(hidden, weight, lengths)
     there = [x.to("cuda") for x in (hidden, weight, lengths)]
     waits.clear()
-    ours = behind(linear_argmax(*there))
+    ours = read(linear_argmax(*there))
     assert waits == [] and torch.equal(ours[0], truth[0])
     torch.testing.assert_close(ours[1], truth[1])
 
@@ -48,7 +48,7 @@ def test_the_road_waits_where_sizes_are_asked_for_and_nowhere_else(waits, layout
     waits.clear()
     ours = road(x, None, None, layout)
     assert [w.where.split(":")[0] for w in waits] == [f"soundwave_fast/ops/{op}.py" for op in ("peak_gather", "splice")]
-    assert all(torch.equal(a, b) for a, b in zip(behind(ours), truth, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(read(ours), truth, strict=True))
     waits.clear()
     road(x, B * T, B * (T + L) if layout == "packed" else T + L, layout)
     assert waits == []
@@ -68,5 +68,5 @@ def test_the_road_to_the_loss_waits_once(waits, layout):
     grads = torch.autograd.grad(loss, (x["features"], x["text"]))
     assert [w.what for w in waits] == ["a copy to cpu", "an event", "an event"]
     assert waits[0].where.startswith("soundwave_fast/ops/peak_gather.py") and all(
-        behind(g).isfinite().all() for g in grads
+        read(g).isfinite().all() for g in grads
     )
