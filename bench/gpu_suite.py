@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --dry-run rehearses on a CPU")
     sys.path[:0] = [str(ROOT)]
-    from csrc_triton.interpreter import interpreter_error
+    from bench.interpreter import interpreter_error
 
     if args.dry_run and (error := interpreter_error()):
         parser.error(error)

@@ -19,7 +19,7 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 
-from csrc_triton.interpreter import interpreter_error
+from bench.interpreter import interpreter_error
 
 
 def pytest_configure() -> None:

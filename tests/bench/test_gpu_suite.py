@@ -11,9 +11,9 @@ import zipfile
 import pytest
 import torch
 
-from bench import gpu_suite, harness, profile_step, report, suite_steps, tune
+from bench import gpu_suite, harness, interpreter, profile_step, report, suite_steps, tune
 from bench.suite_tunables import TUNABLES, Tunable
-from csrc_triton import interpreter, tuning
+from csrc_triton import tuning
 
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="rehearses on a CPU")
 
