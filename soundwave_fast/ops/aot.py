@@ -216,15 +216,16 @@ def _resources(kernel, target: str) -> tuple[int, int, str]:
             int(re.search(rf"\.{name}:?\s+(\d+)", text).group(1)) for name in ("vgpr_count", "vgpr_spill_count")
         )
         return registers, 4 * spills, "mfma" if "v_mfma" in text else ""
-    from triton.backends.nvidia.compiler import get_ptxas  # Triton brings several, each for some chips
+    import triton.backends.nvidia as nvidia
 
     ptx = kernel.asm["ptx"]
     chip = re.search(r"\.target\s+(\w+)", ptx).group(1)
-    assembler = get_ptxas(int(target[3:])).path
+    tools = Path(nvidia.__file__).parent / "bin"
+    assembler = tools / ("ptxas-blackwell" if int(target[3:]) >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [assembler, "-v", f"--gpu-name={chip}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        command = [str(assembler), "-v", f"--gpu-name={chip}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(map(int, re.findall(r"Used (\d+) registers", report)))
     spills = max(map(int, re.findall(r"(\d+) bytes spill stores", report)), default=0)

@@ -26,6 +26,7 @@ from soundwave_fast.ops import backend
 
 DEVICE = torch.device("cuda", 0)
 ROOT = Path(__file__).resolve().parents[2]
+TORCH = str(Path(torch.__file__).parent)
 OURS = ("csrc_triton/", "soundwave_fast/", "train/")
 
 aten = torch.ops.aten
@@ -53,7 +54,7 @@ on_the_way: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies to the host t
 def note(what: str) -> None:
     """A wait, called for by the innermost line that is neither torch's nor this file's. What was on the way arrives."""
     frame = sys._getframe(1)
-    while frame.f_back and (frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename):
+    while frame.f_back and (frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith(TORCH)):
         frame = frame.f_back
     path = frame.f_code.co_filename.removeprefix(f"{ROOT}/").rpartition("site-packages/")[2]
     waits.append(Wait(what, f"{path}:{frame.f_lineno}"))
