@@ -30,6 +30,7 @@ TASKS = {"asr": 1.0, "first_word": 1.0, "slot": 1.0}
 @pytest.fixture(scope="module")
 def stage(tiny_parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage")
+    torch.manual_seed(1)  # the seeds of conftest.py come later than fixtures of a module
     model, processor = tiny.make_model(tiny_parts)
     checkpoint.save_stage_directory(tiny.add_lora(model), folder, processor)
     return folder
@@ -204,9 +205,9 @@ def test_two_ranks_give_the_figures_of_one(stage, tiny_parts, speech_dir, tmp_pa
     (plain, rows, figures), other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert rows == plain, "validation leaves no trace"
     _, (first, *_) = validation_on_ranks.losses_and_figures(str(config), settings, ONE, validate=True)
-    assert len(figures) == 3 and figures[1] != figures[2]
     for measured in (first, *figures, *other[2]):
         assert measured.pop("valid_s") > 0
+    assert len(figures) == 3 and len(set(map(str, figures))) > 1, "the steps between them change something"
     assert figures == other[2], "every rank knows them"
     assert figures[0] == first and first["valid_utterances"] == 5
     assert {"valid_llm_wer", "valid_first_word"} <= set(first)

@@ -64,7 +64,8 @@ class Batch:
         return torch.tensor(counts, dtype=torch.float64)
 
     def to(self, device: torch.device) -> Batch:
-        names = ("input_ids", "attention_mask", "labels", "ctc_targets", "ctc_target_lengths", "mel_lengths")
+        """With all that the model reads but the audio, which goes there by itself, or as cached frames."""
+        names = ("input_ids", "attention_mask", "labels", "ctc_targets", "ctc_target_lengths")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, **moved)
 
