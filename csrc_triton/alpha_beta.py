@@ -49,11 +49,19 @@ def _enter(blank, label, before, skip):
 
 
 @triton.jit
-def _frame(p_frame, p_top, o_column, stride_k, m_label, live):
-    """Emissions (largest, blank, labels) of one frame, -inf without a label; nothing is read unless live."""
+def _frame(p_frame, p_top, o_column, stride_k, o_state, labels, live):
+    """Emissions (largest, blank, labels) of one frame, -inf without a label; nothing is read unless live.
+
+    `live` is a scalar. It moves the bound of the mask instead of joining it by &: Triton's interpreter spreads a scalar
+    condition to integers, which from triton 3.9 on are not accepted as a mask.
+    """
     top = tl.load(p_top, mask=live, other=0.0)
     blank = tl.load(p_frame, mask=live, other=0.0)
-    return top, blank, tl.load(p_frame + o_column * stride_k, mask=m_label & live, other=float("-inf"))
+    return (
+        top,
+        blank,
+        tl.load(p_frame + o_column * stride_k, mask=o_state < tl.where(live, labels, 0), other=float("-inf")),
+    )
 
 
 @triton.jit(do_not_specialize=["T", "B", "K", "chunk", "stride_t", "stride_b"])
@@ -105,7 +113,6 @@ def _recursion_kernel(
     o_k = tl.arange(0, BLOCK_K)
     o_state = begin + o_k
     m_label = o_state < labels
-    m_blank = o_state <= labels
     # This direction's states, counted from the target's start.
     o_label = tl.where(reverse, labels - 1 - o_state, o_state)
     o_blank = tl.where(reverse, labels - o_state, o_state)
@@ -143,21 +150,23 @@ def _recursion_kernel(
     p_top += i_b + tl.where(reverse, frames - 1, 0) * B
     p_states += i_program * T * 2 * K
     # Emissions are loaded four frames ahead: a trip to memory takes far longer than a frame's arithmetic.
-    t0, b0, l0 = _frame(p_frame, p_top, o_column, stride_k, m_label, 0 < frames)
-    t1, b1, l1 = _frame(p_frame + step, p_top + step_top, o_column, stride_k, m_label, 1 < frames)
-    t2, b2, l2 = _frame(p_frame + step * 2, p_top + step_top * 2, o_column, stride_k, m_label, 2 < frames)
-    t3, b3, l3 = _frame(p_frame + step * 3, p_top + step_top * 3, o_column, stride_k, m_label, 3 < frames)
+    t0, b0, l0 = _frame(p_frame, p_top, o_column, stride_k, o_state, labels, 0 < frames)
+    t1, b1, l1 = _frame(p_frame + step, p_top + step_top, o_column, stride_k, o_state, labels, 1 < frames)
+    t2, b2, l2 = _frame(p_frame + step * 2, p_top + step_top * 2, o_column, stride_k, o_state, labels, 2 < frames)
+    t3, b3, l3 = _frame(p_frame + step * 3, p_top + step_top * 3, o_column, stride_k, o_state, labels, 3 < frames)
     t = tl.zeros((), tl.int64)
     while t < frames:
         p_ahead = p_frame + step * (t + 4)
         p_ahead_top = p_top + step_top * (t + 4)
-        at0, ab0, al0 = _frame(p_ahead, p_ahead_top, o_column, stride_k, m_label, t + 4 < frames)
-        at1, ab1, al1 = _frame(p_ahead + step, p_ahead_top + step_top, o_column, stride_k, m_label, t + 5 < frames)
+        at0, ab0, al0 = _frame(p_ahead, p_ahead_top, o_column, stride_k, o_state, labels, t + 4 < frames)
+        at1, ab1, al1 = _frame(
+            p_ahead + step, p_ahead_top + step_top, o_column, stride_k, o_state, labels, t + 5 < frames
+        )
         at2, ab2, al2 = _frame(
-            p_ahead + step * 2, p_ahead_top + step_top * 2, o_column, stride_k, m_label, t + 6 < frames
+            p_ahead + step * 2, p_ahead_top + step_top * 2, o_column, stride_k, o_state, labels, t + 6 < frames
         )
         at3, ab3, al3 = _frame(
-            p_ahead + step * 3, p_ahead_top + step_top * 3, o_column, stride_k, m_label, t + 7 < frames
+            p_ahead + step * 3, p_ahead_top + step_top * 3, o_column, stride_k, o_state, labels, t + 7 < frames
         )
         for _ in tl.static_range(4):
             live = t < frames
@@ -169,7 +178,9 @@ def _recursion_kernel(
             shift += top.to(tl.float64)
             enter = tl.full((), float("-inf"), LOG)
             if CHUNKED:
-                tl.store(p_right + t + o_k * 0, shift + label.to(tl.float64), mask=(o_k == BLOCK_K - 1) & live)
+                tl.store(
+                    p_right + t + o_k * 0, shift + label.to(tl.float64), mask=o_k == tl.where(live, BLOCK_K - 1, -1)
+                )
                 if fed:
                     # The frame before a dead one is the last: its state enters nothing but the loss.
                     enter = (tl.load(p_left + tl.minimum(t, frames - 1)) - shift).to(LOG)
@@ -180,8 +191,8 @@ def _recursion_kernel(
                 if CHUNKED:
                     out_blank = shift + out_blank.to(tl.float64)
                     out_label = shift + out_label.to(tl.float64)
-                tl.store(p_row + o_blank, out_blank, mask=m_blank & live)
-                tl.store(p_row + K + o_label, out_label, mask=m_label & live)
+                tl.store(p_row + o_blank, out_blank, mask=o_state <= tl.where(live, labels, -1))
+                tl.store(p_row + K + o_label, out_label, mask=o_state < tl.where(live, labels, 0))
             t0, t1, t2 = t1, t2, t3
             b0, b1, b2 = b1, b2, b3
             l0, l1, l2 = l1, l2, l3

@@ -180,9 +180,10 @@ def _emissions_kernel(
     i_n = tl.where(live, tl.load(p_starts + i_b) + i_t, 0)
     offset = tl.load(p_running + stride_running + i_n, mask=live, other=0.0)
     log_sum = tl.log(tl.load(p_running + 2 * stride_running + i_n, mask=live, other=1.0))
+    read = tl.where(live, K, 0)  # a bound instead of `live &` in the mask: see _frame of alpha_beta.py
     for k in range(0, K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
-        picked = tl.load(p_picked + i_n * K + o_k, mask=live & (o_k < K), other=0.0)
+        picked = tl.load(p_picked + i_n * K + o_k, mask=o_k < read, other=0.0)
         lp = picked - offset - log_sum
         # Both come from the same chunk values, so lp exceeds 0 by rounding at most; NaN stays NaN.
         lp = tl.where(live & (lp <= 0), lp, tl.where(live & (lp != lp), lp, 0.0))
@@ -237,10 +238,11 @@ def _residual_kernel(
     i_t = i_n - tl.load(p_starts + i_b)
     live = i_t < tl.load(p_lengths + i_b)
     p_gamma += i_t * stride_gamma_t + i_b * stride_gamma_b
+    read = tl.where(live, K, 0)  # a bound instead of `live &` in the mask: see _frame of alpha_beta.py
     for k in range(0, K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
-        first = tl.load(p_first + i_b * K + o_k, mask=o_k < K, other=-1)
-        m_k = live & (first == o_k)
+        first = tl.load(p_first + i_b * K + o_k, mask=o_k < read, other=-1)
+        m_k = first == o_k
         lp = tl.load(p_lp + (i_t * B + i_b) * K + o_k, mask=m_k, other=0.0)
         gamma = tl.load(p_gamma + o_k * stride_gamma_k, mask=m_k, other=0.0)
         difference = tl.where(m_k, tl.exp(lp) - gamma.to(lp.dtype), 0.0)
@@ -344,7 +346,7 @@ def _add_label_rows_kernel(
     pid = tl.program_id(0).to(tl.int64)
     i_k = pid // n_blocks + 1
     o_d = (pid % n_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = (tl.load(p_first + i_k) == i_k) & (o_d < D)
+    m_d = o_d < tl.where(tl.load(p_first + i_k) == i_k, D, 0)
     p_weight_grad += tl.load(p_columns + i_k) * D + o_d
     row = tl.load(p_rows + i_k * D + o_d, mask=m_d, other=0.0)
     grad = tl.load(p_weight_grad, mask=m_d, other=0.0).to(row.dtype)

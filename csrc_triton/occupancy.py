@@ -70,7 +70,8 @@ def _occupancy_kernel(
     labels = tl.load(p_target_lengths + i_b)
     valid = (frames >= 0) & (frames <= T) & (labels >= 0) & (labels < K)
     labels = tl.where(valid, labels, 0)
-    m_t = valid & (o_t < tl.where(tl.load(p_nll + i_b) == float("inf"), 0, frames))
+    frames = tl.where(valid & (tl.load(p_nll + i_b) != float("inf")), frames, 0)
+    m_t = o_t < frames
     p_forward = p_states + ((i_b * T + o_t) * 2 * K)[:, None]
     p_backward = p_forward + B.to(tl.int64) * T * 2 * K
 

@@ -3,9 +3,10 @@
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
 from soundwave_fast.model.config import SoundwaveConfig
+from soundwave_fast.model.output import SoundwaveOutput
 from soundwave_fast.model.processing import SoundwaveProcessor
 from soundwave_fast.model.released_reading import ReleasedConfig
-from soundwave_fast.model.soundwave import SoundwaveForConditionalGeneration, SoundwaveOutput
+from soundwave_fast.model.soundwave import SoundwaveForConditionalGeneration
 
 AutoConfig.register("soundwave", SoundwaveConfig, exist_ok=True)
 AutoConfig.register("Soundwave", ReleasedConfig, exist_ok=True)

@@ -11,12 +11,14 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
 from soundwave_fast.model.lora import row_adapters, switched_off
+from soundwave_fast.model.output import with_cache_name
 from soundwave_fast.ops import Packed, PromptCounts
 
 # What decides on a cache by itself; with any of these the default is left alone.
 _CACHE_OPTIONS = (
     "cache_implementation",
     "past_key_values",
+    "cache",
     "use_cache",
     "assistant_model",
     "prompt_lookup_num_tokens",
@@ -88,6 +90,7 @@ class AudioGenerationMixin(GenerationMixin):
         llm = self.language_model
         if llm is None:
             raise ValueError("language_model: the model was loaded without it, there is nothing to generate with")
+        kwargs = with_cache_name(kwargs)
         on_cuda = input_ids.device.type == "cuda" and not _distributed()
         keep_lora = self.config.lora_without_audio if lora_without_audio is None else lora_without_audio
         placeholder = self.get_placeholder_mask(input_ids)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from soundwave_fast.model import checkpoint, released_reading
 from soundwave_fast.model.alignment_adapter import STACK, AlignmentAdapter
@@ -20,28 +20,11 @@ from soundwave_fast.model.generation import AudioGenerationMixin
 from soundwave_fast.model.hub import local_directory
 from soundwave_fast.model.lora import has_lora, llm_state_dict
 from soundwave_fast.model.losses import next_token_loss
+from soundwave_fast.model.output import CACHE, SoundwaveOutput, with_cache_name
 from soundwave_fast.model.shrinking_adapter import ShrinkingAdapter
 from soundwave_fast.model.whisper import EDGE_MELS, MEL_PER_FRAME, count_mels, encode_frames
 from soundwave_fast.ops import Packed, PromptCounts, splice
 from soundwave_fast.ops.splice import Spliced
-
-
-@dataclass
-class SoundwaveOutput(ModelOutput):
-    """Losses come as sums with their counts; `loss` is their weighted mean over this batch alone."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None  # (B, M, V), only without labels
-    past_key_values: Any = None  # the LLM's cache
-    hidden_states: tuple[Tensor, ...] | None = None  # of the LLM
-    attentions: tuple[Tensor, ...] | None = None
-    audio_hidden_states: Tensor | None = None  # (total, D) audio tokens, packed; audio_lengths bound the utterances'
-    ce_sum: Tensor | None = None
-    ce_count: Tensor | None = None
-    ctc_sum: Tensor | None = None
-    ctc_count: Tensor | None = None
-    audio_lengths: Tensor | None = None  # (N,) audio tokens each utterance became
-    frame_lengths: Tensor | None = None  # (N,) adapter frames it had
 
 
 @dataclass
@@ -268,6 +251,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Any = None,  # another name of past_key_values, from transformers 5.24 on
     ) -> SoundwaveOutput:
         """Training step or scoring. Without `language_model` (stage 1) only the CTC loss is computed.
 
@@ -282,7 +266,8 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
         """
         reading = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         reading = {name: value for name, value in reading.items() if value is not None}
-        before = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "past_key_values": past_key_values}
+        before = {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        before |= {"past_key_values": past_key_values, "cache": cache}
         use_llm = self.language_model is not None
         if encoder_frames is None and input_features is None:
             if not use_llm:
@@ -290,7 +275,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
             if (input_ids is None) == (inputs_embeds is None):
                 raise ValueError("input_ids, inputs_embeds: exactly one of them must be given")
             reading["use_cache"] = use_cache if labels is None else bool(use_cache)
-            reading.update(before, input_ids=input_ids, attention_mask=attention_mask)
+            reading.update(with_cache_name(before), input_ids=input_ids, attention_mask=attention_mask)
             return self._read({}, 0.0, labels, None, **reading)
         if wrong := [name for name, value in before.items() if value is not None]:
             raise ValueError(f"{', '.join(wrong)}: cannot be given with audio, whose length only the model knows")
@@ -343,7 +328,7 @@ class SoundwaveForConditionalGeneration(PreTrainedModel, AudioGenerationMixin):
         else:
             out["ce_sum"], out["ce_count"] = next_token_loss(read.last_hidden_state, llm.lm_head, labels, most)
             loss = loss + out["ce_sum"] / out["ce_count"].clamp_min(1)
-        out.update({name: read.get(name) for name in ("past_key_values", "hidden_states", "attentions")})
+        out.update({name: read.get(name) for name in (CACHE, "hidden_states", "attentions")})
         return SoundwaveOutput(loss=loss if isinstance(loss, Tensor) else None, **out)
 
     @property

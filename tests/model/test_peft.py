@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from importlib import metadata
 
 import pytest
 import torch
+from packaging import version
 
 from soundwave_fast.model import SoundwaveForConditionalGeneration
 from tests.model import tiny
@@ -71,6 +73,11 @@ def test_get_peft_model(tiny_parts, tmp_path, task):
 
 def test_add_adapter(tiny_parts, tmp_path):
     from peft import LoraConfig
+    from transformers.integrations import peft as integration
+
+    needed, found = integration.MIN_PEFT_VERSION, metadata.version("peft")
+    if version.parse(found) < version.parse(needed):  # transformers 5.24 asks for a peft that is not out yet
+        pytest.skip(f"transformers' add_adapter needs peft {needed}, there is {found}")
 
     model, processor = tiny.make_model(tiny_parts)
     inputs = inputs_of(processor)

@@ -249,16 +249,20 @@ class Event:
 @contextlib.contextmanager
 def simulated_cuda() -> Iterator[list[Wait]]:
     """Yields the waits so far, a list that grows. Nothing inside is compiled: torch.compile returns its function."""
+    from torch.distributed.checkpoint._state_dict_stager import StateDictStager
     from torch.utils._device import _device_constructors
     from triton.runtime.interpreter import GridExecutor
 
     _device_constructors()  # `with torch.device("meta")` remembers the factories it has seen first: torch's own
-    launch, generator = GridExecutor.__call__, torch.Generator
+    launch, generator, stage = GridExecutor.__call__, torch.Generator, StateDictStager._offload_tensor
 
     def on_device(self: Any, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(x, torch.Tensor) and not isinstance(x, OnDevice) for x in tree_leaves((args, kwargs))):
             raise RuntimeError(f"{self.fn.__name__}: a kernel was handed memory of the host")
         return launch(self, *behind(args), **behind(kwargs))
+
+    def staged(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return stage(self, behind(x), *args, **kwargs)  # a checkpoint copies bytes of storages, which these have not
 
     def compiled(function: Any = None, **options: Any) -> Any:
         return function if function is not None else lambda f: f
@@ -270,6 +274,7 @@ def simulated_cuda() -> Iterator[list[Wait]]:
     for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):  # C++ follows the CPU's
         replaced += [(torch, name, functools.partial(on_cpu, getattr(torch, name)))]
     replaced += [(torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", grouped)]
+    replaced += [(StateDictStager, "_offload_tensor", staged)]
     replaced += [(GridExecutor, "__call__", on_device), (backend, "_PLAIN", (*backend._PLAIN, OnDevice))]
     waits.clear()
     on_the_way.clear()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from soundwave_fast import generate
+from soundwave_fast.model.output import CACHE
 from tests.model import tiny
 from tests.model.test_generation import PROMPTS, SETTINGS, inputs_of
 from tests.simulated_cuda.device import read
@@ -94,7 +95,7 @@ def test_a_static_cache_is_chosen_and_filled(waits, pair, monkeypatch):
     llm = model.causal_lm.model
     plain = llm.forward
     monkeypatch.setattr(
-        llm, "forward", lambda *a, **k: seen.append(type(k["past_key_values"]).__name__) or plain(*a, **k)
+        llm, "forward", lambda *a, **k: seen.append(type(k[CACHE]).__name__) or plain(*a, **k)
     )
     model.generate(**on_device(inputs_of(processor)), **SETTINGS)
     assert seen and set(seen) == {"StaticCache"}
