@@ -7,7 +7,6 @@ addresses, which rules out the fastest kernels: that ratio is what an op with ch
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -18,6 +17,7 @@ import torch
 
 from bench import harness
 from bench.machine import describe_machine
+from soundwave_fast.errors import ArgumentParser, run_command
 
 N, D, V, ALIGNED, CUBE = 6000, 4096, 128257, 128320, 8192
 GIB = 4 << 30
@@ -61,8 +61,8 @@ def measure(where: torch.device, tiny: bool) -> dict[str, float]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.ceilings", description=__doc__)
+def _run(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="bench.ceilings", description=__doc__)
     parser.add_argument("--out", type=Path, metavar="FILE")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes")
     args = parser.parse_args(argv)
@@ -76,7 +76,11 @@ def main(argv: list[str] | None = None) -> int:
         temporary = args.out.with_name(f"{args.out.name}.tmp")
         temporary.write_text(json.dumps({"machine": machine, "rates": rates}, indent=1) + "\n")
         os.replace(temporary, args.out)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s."""
+    return run_command("ceilings", _run, argv)
 
 
 if __name__ == "__main__":

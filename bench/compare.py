@@ -6,7 +6,6 @@ those of the working tree in both columns, so only the ops differ. Nothing is ju
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from bench.harness import ROOT
+from soundwave_fast.errors import ArgumentParser, run_command
 
 
 def _checkout(commit: str, folder: Path) -> Path:
@@ -51,8 +51,8 @@ def _run(tree: Path, expression: str, scratch: Path) -> dict[str, float]:
     return {row["name"]: row["stats"]["median"] for row in rows}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.compare", description=__doc__)
+def _compare(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="bench.compare", description=__doc__)
     parser.add_argument("old", metavar="OLD")
     parser.add_argument("new", nargs="?", metavar="NEW")
     parser.add_argument("-k", default="", metavar="EXPRESSION", help="rows to run, as pytest's -k")
@@ -70,11 +70,6 @@ def main(argv: list[str] | None = None) -> int:
             before, after = _run(old, args.k, scratch), _run(new, args.k, scratch)
             for name in before.keys() & after.keys():
                 samples[name].append((before[name], after[name]))
-    except ValueError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
     finally:
         for name in ("old", "new"):
             subprocess.run(["git", "worktree", "remove", "--force", str(scratch / name)], cwd=ROOT, capture_output=True)
@@ -85,7 +80,11 @@ def main(argv: list[str] | None = None) -> int:
         old_ms, new_ms = (1e3 * statistics.median(column) for column in zip(*pairs))
         middle = statistics.median(ratios)
         print(f"{old_ms:10.3f} {new_ms:10.3f} {middle:8.2f}  {ratios[0]:.2f} ... {ratios[-1]:.2f}  {name}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s."""
+    return run_command("compare", _compare, argv)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soundwave_fast.errors import ArgumentParser, run_command
 from soundwave_fast.plots import BLUE, GREEN, INK, RED, new_figure, save_figure
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -185,8 +185,8 @@ def lattice(model_path: str, audio: str, text: str) -> None:
     print(f"wrote {DOCS.name}/lattice.png: {gamma.shape[0]} frames, {len(labels)} labels")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.figures", description=__doc__)
+def _run(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="bench.figures", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("numerics")
     one.add_argument("--frames", type=int, nargs="+", default=list(FRAMES))
@@ -196,13 +196,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "numerics":
         numerics(tuple(args.frames))
-        return 0
-    try:
+    else:
         lattice(args.model, args.audio, args.text)
-    except (OSError, ValueError) as error:
-        print(f"figures: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s."""
+    return run_command("figures", _run, argv)
 
 
 if __name__ == "__main__":

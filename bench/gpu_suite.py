@@ -26,6 +26,10 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without installation
+
+from soundwave_fast.errors import ArgumentParser, run_command
+
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("torch", "triton", "transformers", "pytest", "pytest_benchmark")
 ENDED = ("ok", "failed")  # these are not run again; a step that was killed or never begun is
@@ -178,8 +182,8 @@ def finish(out: Path, state: dict, rehearsal: bool, commit: str) -> None:
     print("\n".join(table(document)), flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.gpu_suite", description=__doc__)
+def _command(argv: list[str]) -> int:
+    parser = ArgumentParser(prog="bench.gpu_suite", description=__doc__)
     parser.add_argument("--stages", nargs="+", type=int, choices=(1, 2, 3, 4), default=[1, 2, 3, 4], metavar="N")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/gpu_suite, or -rehearsal")
     parser.add_argument("--minutes", type=float, default=25.0, help="for all steps of this call [%(default)g]")
@@ -195,25 +199,22 @@ def main(argv: list[str] | None = None) -> int:
 
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --dry-run rehearses on a CPU")
-    sys.path[:0] = [str(ROOT)]
     from bench.interpreter import interpreter_error
 
     if args.dry_run and (error := interpreter_error()):
         parser.error(error)
     out = (args.out or ROOT / "runs" / f"gpu_suite{'-rehearsal' if args.dry_run else ''}").resolve()
-    try:
-        claim(out, args.dry_run)
-        if args.wheels:
-            unpack(args.wheels, out)
-        state = carry_out(args, out)
-    except ValueError as error:
-        print(f"gpu_suite: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    claim(out, args.dry_run)
+    if args.wheels:
+        unpack(args.wheels, out)
+    state = carry_out(args, out)
     finish(out, state, args.dry_run, args.commit)
     return int(any(step["state"] != "ok" for step in state.values()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 where a step failed; else the exit code is `run_command`'s."""
+    return run_command("gpu_suite", _command, argv, interrupted="interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

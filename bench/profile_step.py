@@ -10,7 +10,6 @@ has no LoRA: stage 2 trains the adapters alone, stage 3 nothing, and is refused.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import importlib.util
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bench import harness, parts
+from soundwave_fast.errors import ArgumentParser, run_command
 from train import cost
 
 TINY = parts.Size(
@@ -125,7 +125,11 @@ class Training:
         if stage > 1:
             if not self.lora:
                 self.model.language_model.requires_grad_(False)
-            self.model.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            llm, options = self.model.causal_lm, {"use_reentrant": False}
+            if hasattr(llm, "activation_checkpointing_enable"):
+                llm.activation_checkpointing_enable(options)
+            else:  # the name in older transformers
+                llm.gradient_checkpointing_enable(options)
         if stage == 3:
             for part in (self.model.alignment_adapter, self.model.shrinking_adapter, self.model.ctc_head):
                 part.requires_grad_(False)
@@ -255,8 +259,8 @@ def report(stage: int, device: torch.device, tiny: bool, B: int | None, steps: i
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.profile_step", description=__doc__)
+def _run(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="bench.profile_step", description=__doc__)
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True)
     parser.add_argument("--batch", type=int, metavar="N", help=f"1 to {MOST}; default: the largest that fits")
     parser.add_argument("--steps", type=int, default=5, metavar="N")
@@ -268,11 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     device = harness.device()
     if device.type == "cpu" and not args.dry_run:
         parser.error("an 8B model needs a GPU; --dry-run takes a tiny one")
-    try:
-        result = report(args.stage, device, args.dry_run, args.batch, args.steps)
-    except ValueError as error:
-        print(f"profile_step: {error}", file=sys.stderr)
-        return 2
+    result = report(args.stage, device, args.dry_run, args.batch, args.steps)
     if args.out:
         temporary = args.out.with_name(f"{args.out.name}.tmp")
         temporary.write_text(json.dumps(result, indent=1) + "\n")
@@ -282,7 +282,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{part:40} {100 * share:6.1f} %")
     for name, value in result.items():
         print(f"{name}: {value}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s."""
+    return run_command("profile_step", _run, argv)
 
 
 if __name__ == "__main__":

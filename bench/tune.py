@@ -27,6 +27,7 @@ import torch
 
 from bench import harness
 from bench.suite_tunables import TUNABLES, Fill, Sizes, Step, Tunable
+from soundwave_fast.errors import ArgumentParser, run_command
 
 GAIN = 1.03  # what a candidate must win by, twice
 SCREENING, FINAL, FINALISTS = 5, 21, 3
@@ -63,8 +64,8 @@ def read(path: Path) -> dict:
 
 def compiled_needs(tunable: Tunable, sizes: Sizes | None, target: str, tiny: bool) -> tuple[int, int]:
     """Most bytes of shared memory and most bytes spilled of what one step launches on `target`."""
+    from bench import aot
     from csrc_triton import tuning
-    from soundwave_fast.ops import aot
 
     fill = Fill(torch.device("cpu"), touch=False)
     with aot.compiling(target) as compiled, tuning.use_table({tunable.kernel: Keys(sizes)}):
@@ -80,7 +81,7 @@ def compiled_needs(tunable: Tunable, sizes: Sizes | None, target: str, tiny: boo
 def refusal(name: str, sizes: Sizes, target: str, tiny: bool) -> str | None:
     """In a process of its own: why these sizes are not worth a try on the target, or None."""
     os.environ.pop("TRITON_INTERPRET", None)
-    from soundwave_fast.ops import aot
+    from bench import aot
 
     tunable = next(tunable for tunable in TUNABLES if tunable.name == name)
     try:
@@ -280,9 +281,9 @@ def _enter(path: Path, chip: str, kernel: str, key: str, winner: Sizes | None) -
     write(path, {name: entries for name, entries in tables.items() if entries})
 
 
-def main(argv: list[str] | None = None) -> int:
+def _command(argv: list[str]) -> None:
     names = [tunable.name for tunable in TUNABLES]
-    parser = argparse.ArgumentParser(prog="bench.tune", description=__doc__)
+    parser = ArgumentParser(prog="bench.tune", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of: {'; '.join(names)}")
     parser.add_argument("--out", type=Path, default=harness.ROOT / "runs" / "tune", metavar="DIR")
     parser.add_argument("--table", type=Path, metavar="FILE", help=f"default {TABLE.relative_to(harness.ROOT)}")
@@ -316,7 +317,11 @@ def main(argv: list[str] | None = None) -> int:
     results = read(log).get("results", {})
     won = sum(result["winner"] is not None for result in results.values())
     print(f"tuned {len(results)} of {len(TUNABLES)} launchers, {won} beat their default; table {table}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s."""
+    return run_command("tune", _command, argv, interrupted="interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

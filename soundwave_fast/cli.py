@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import signal
 import sys
 
-from soundwave_fast.commands import info, say, speech
+from soundwave_fast.commands import DEFAULT_MODEL, info, speech
+from soundwave_fast.errors import ArgumentParser, UserError, one_line, run_command
 
-DEFAULT_MODEL = "runs/nano/stage3"
 _WHAT = {
     "transcribe": "write down what is said, as text, JSON or subtitles",
     "chat": "ask something about the audio",
@@ -20,13 +18,8 @@ _WHAT = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line; --help says the rest
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="soundwave", description=__doc__)
+    parser = ArgumentParser(prog="soundwave", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     subs = {name: commands.add_parser(name, help=what, description=what) for name, what in _WHAT.items()}
     for name in ("transcribe", "chat"):
@@ -56,9 +49,8 @@ def _convert(args: argparse.Namespace) -> int:
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
         which = convert(args.source, args.out, dtype=dtype, audio_tower=args.audio_tower, force=args.force)
         print(f"{args.out}: {which}")
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        say(error)
-        return 2
+    except (RuntimeError, KeyError, ImportError) as error:
+        raise UserError(f"{args.source}: {type(error).__name__}: {one_line(error)}") from error
     return 0
 
 
@@ -66,8 +58,8 @@ def _curate(argv: list[str]) -> int:
     try:
         module = importlib.import_module("train.curate")  # by name: the library does not know the trainer
     except ImportError as error:
-        say(f"curate: the train package cannot be imported here ({error}); run it in a checkout, with its requirements")
-        return 2
+        why = f"the train package cannot be imported here ({error}); run it in a checkout, with its requirements"
+        raise UserError(f"curate: {why}") from error
     return int(module.main(argv) or 0)
 
 
@@ -85,14 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     command line, or when no file went well; 130 after Ctrl-C (what was finished is printed or written); 141 when nobody
     reads on.
     """
-    try:
-        return _run(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes stdout at its end
-        return 141
+    return run_command("soundwave", _run, argv)
 
 
 if __name__ == "__main__":

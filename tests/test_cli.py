@@ -109,6 +109,16 @@ def test_no_such_model(soundwave, sounds, tmp_path):
     assert (code, out) == (2, []) and err == [f"soundwave: --model {tmp_path / 'none'}: no such directory"]
 
 
+@pytest.mark.parametrize("arguments", [["transcribe", "FILE"], ["chat", "FILE", "--prompt", "What?"], ["info"]])
+def test_before_there_is_any_model(sounds, tmp_path, monkeypatch, capsys, arguments):
+    """The default is what `make demo` leaves; it is not looked for on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([sounds["a.wav"] if argument == "FILE" else argument for argument in arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("soundwave: no model in runs/nano/stage3 yet: run `make demo` first") and "name " in said
+    assert said.count("\n") == 1
+
+
 def test_a_directory_that_is_no_model(soundwave, sounds, tmp_path):
     code, out, err = soundwave("transcribe", sounds["a.wav"], model=str(tmp_path))
     assert (code, out, len(err)) == (2, [], 1)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from train.config import UserError
+from soundwave_fast.errors import ArgumentParser, UserError, run_command
+from train.config import NANO, NEUTRAL
 from train.stage import sort_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,7 @@ VARIANTS: dict[str, tuple[str, list[str], int]] = {
     "tied-head": ("frames scored against the LLM's own frozen embeddings", ["model.ctc_head=tied"], 1),
     "no-temperature": ("tasks in proportion to their rows throughout", ["data.temperature=[1.0, 0.0]"], 2),
 }
+SPEECH = ("runs/nano/speech/train.jsonl", "runs/nano/speech/test.jsonl")  # what `make demo` leaves
 QUESTIONS = ("first_word", "last_word", "capitals", "slot")
 
 
@@ -45,7 +47,8 @@ def _stages(name: str, out: Path, args: argparse.Namespace) -> Path:
     previous = None
     for stage in (1, 2, 3):
         own = out / (name if stage >= first else "baseline") / f"stage{stage}"
-        command = [f"train/stage{stage}.py", "--config", args.config, "--train", *args.train, "--out", str(own)]
+        command = [f"train/stage{stage}.py", "--train", *args.train, "--out", str(own)]
+        command += ["--config", args.config] if args.config else []  # else the stages choose, by the parts
         command += ["--valid", *args.test, "run.valid_utterances=0"]
         command += ["--init", str(previous)] if previous else []
         command += [f"optim.steps={args.steps[stage - 1]}"] if args.steps else []
@@ -76,11 +79,13 @@ def table(scores: dict[str, dict]) -> str:
     return "\n".join([*lines, "", *(f"- {name}: {VARIANTS[name][0]}" for name in scores)])
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train/ablate.py", description=__doc__)
-    parser.add_argument("--config", default="nano")
-    parser.add_argument("--train", nargs="+", default=["runs/nano/speech/train.jsonl"], metavar="MANIFEST")
-    parser.add_argument("--test", nargs="+", default=["runs/nano/speech/test.jsonl"], metavar="MANIFEST")
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog="train/ablate.py", description=__doc__)
+    parser.add_argument(
+        "--config", help=f"a preset or a YAML file [{NANO}; {NEUTRAL} where model.whisper or model.llm is not {NANO}'s]"
+    )
+    parser.add_argument("--train", nargs="+", metavar="MANIFEST", help=f"[{SPEECH[0]}]")
+    parser.add_argument("--test", nargs="+", metavar="MANIFEST", help=f"[{SPEECH[1]}]")
     parser.add_argument("--out", default="runs/ablation")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--steps", nargs=3, type=int, metavar="N", help="of stages 1, 2 and 3 (default: the config's)")
@@ -88,23 +93,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=0, help="score only the first N utterances")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="for every stage of every variant")
     args = sort_settings(parser.parse_intermixed_args(argv))
+    args.train, args.test = args.train or list(SPEECH[:1]), args.test or list(SPEECH[1:])
+    for path in (*args.train, *args.test):
+        if path in SPEECH and not Path(path).is_file():
+            where = Path(path).parent
+            raise UserError(f"no speech in {where} yet: run `make demo` first, or name yours with --train and --test")
+    return args
+
+
+def _ablate(argv: list[str]) -> None:
+    args = _arguments(argv)
     out = Path(args.out)
     scores: dict[str, dict] = {}
-    try:
-        for name in args.only:
-            print(f"=== {name}: {VARIANTS[name][0]}", flush=True)
-            scores[name] = _score(_stages(name, out, args), args)
-            temporary = out / "table.md.tmp"
-            temporary.write_text(table(scores) + "\n")
-            os.replace(temporary, out / "table.md")
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"ablate: {error}", file=sys.stderr)
-        return 2
+    for name in args.only:
+        print(f"=== {name}: {VARIANTS[name][0]}", flush=True)
+        scores[name] = _score(_stages(name, out, args), args)
+        temporary = out / "table.md.tmp"
+        temporary.write_text(table(scores) + "\n")
+        os.replace(temporary, out / "table.md")
     print("\n" + table(scores))
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s."""
+    return run_command("ablate", _ablate, argv, interrupted="interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from soundwave_fast.errors import UserError
 from soundwave_fast.model import SoundwaveConfig, SoundwaveForConditionalGeneration
 from soundwave_fast.model.config import SEMANTICS
 from train import build, freeze
-from train.config import Config, UserError
+from train.config import Config
 
 
 def _whisper(width: int, layers: int, heads: int, mels: int = 80) -> dict[str, Any]:

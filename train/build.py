@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import logging
 
+from soundwave_fast.errors import UserError, one_line
 from soundwave_fast.model import SoundwaveConfig, SoundwaveForConditionalGeneration, SoundwaveProcessor
 from soundwave_fast.model import checkpoint as stage_directory
 from soundwave_fast.model.config import SEMANTICS
 from soundwave_fast.model.lora import quietly
-from train.config import Config, Model, UserError
+from train.config import Config, Model
 
 STAGES = (1, 2, 3)
+
+
+@contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """What loaders say of files and settings they cannot take becomes one line that begins with the setting.
+
+    Raises:
+        UserError: in place of their error.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, TemplateError) as error:
+        raise UserError(f"{setting}{': ' * bool(setting)}{one_line(error, 300)}") from error
 
 
 def resolve_part(name: str, what: str) -> str:
     """A part's folder or hub name; `package:NAME` is made from a Python package once and cached.
 
     Raises:
-        UserError: no name given, or an unknown package part.
+        UserError: no name given, an unknown package part, or one that cannot be had.
     """
     if not name:
-        raise UserError(f"model.{what}: name a folder or a hub model")
+        raise UserError(f"model.{what}: name a folder or a hub model (--{what})")
     if not name.startswith("package:"):
         return name
     from train.nano import parts
@@ -93,11 +111,11 @@ def build(
     previous = previous_stage(config.run.init, stage)
     whisper, llm = resolve_part(settings.whisper, "whisper"), resolve_part(settings.llm, "llm")
     overrides = {key: getattr(settings, key) for key in SEMANTICS["paper"] if getattr(settings, key) is not None}
-    try:
-        audio_config, text_config = AutoConfig.from_pretrained(whisper), AutoConfig.from_pretrained(llm)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.whisper, model.llm: {' '.join(str(error).split())[:300]}") from None
-    try:
+    with naming("model.whisper"):
+        audio_config = AutoConfig.from_pretrained(whisper)
+    with naming("model.llm"):
+        text_config = AutoConfig.from_pretrained(llm)
+    with naming(""):
         architecture = SoundwaveConfig(
             audio_config,
             text_config,
@@ -111,20 +129,24 @@ def build(
             ctc_blank_id=text_config.vocab_size,
             **overrides,
         )
+    with naming("model.whisper, model.llm"):
         processor = SoundwaveProcessor.from_parts(whisper, llm, settings.chat_template, architecture.encoder_pad)
         architecture.audio_token_id = processor.audio_token_id
         model = SoundwaveForConditionalGeneration.from_parts(
             architecture, dtype=frozen_dtype(settings, device), with_language_model=stage > 1
         )
-        if stage > 1 and settings.attention != "auto":
-            model.language_model.set_attn_implementation(settings.attention)
-        if previous is None:
-            stage_directory.initialise_adapters(model)
-        else:
+    if stage > 1:
+        with naming("model.attention"):
+            if settings.attention != "auto":
+                model.language_model.set_attn_implementation(settings.attention)
+        with naming("model.chat_template"):
+            processor.prompt("")  # none, or one that cannot be filled in, would end the first batch
+    if previous is None:
+        stage_directory.initialise_adapters(model)
+    else:
+        with naming("--init"):
             check_fits(config, architecture, previous)
             stage_directory.load_adapters(model, previous)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(" ".join(str(error).split())[:300]) from None
     if stage > 1:
         add_lora(model, settings, previous)
     return place(model, device), processor
@@ -177,7 +199,8 @@ def check_fits(config: Config, now: SoundwaveConfig, previous: Path) -> None:
 def add_lora(model: SoundwaveForConditionalGeneration, settings: Model, previous: Path | None) -> None:
     """LoRA around the LLM: the previous stage's where it has one, else new. Its weights are float32."""
     if previous is not None and (previous / stage_directory.LORA).is_dir():
-        stage_directory.load_lora(model, previous, trainable=True)
+        with naming(f"--init {previous}"):
+            stage_directory.load_lora(model, previous, trainable=True)
     else:
         from peft import LoraConfig, get_peft_model
 
@@ -188,11 +211,8 @@ def add_lora(model: SoundwaveForConditionalGeneration, settings: Model, previous
             target_modules=settings.lora_targets,
             task_type="CAUSAL_LM",
         )
-        try:
-            with quietly():
-                model.language_model = get_peft_model(model.language_model, lora)
-        except ValueError as error:
-            raise UserError(f"model.lora_targets: {' '.join(str(error).split())[:200]}") from None
+        with naming("model.lora_targets"), quietly():
+            model.language_model = get_peft_model(model.language_model, lora)
     for name, parameter in model.language_model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()

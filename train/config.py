@@ -4,51 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import errno
-import os
 import types
 import typing
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from soundwave_fast.errors import UserError
+
 PRESETS = Path(__file__).parent / "configs"
+NANO, NEUTRAL = "nano", "default"  # what is taken where no preset is named: see `preset_for`
 
 
 Switch = bool | str  # true, false, or "auto"
-
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit code 2."""
-
-
-_DISK = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),  # not to be written
-)
-
-
-def disk_error(path: Path, error: OSError) -> UserError | None:
-    """The clear line for a full disk or a directory that cannot be written; None for another error."""
-    if error.errno in _DISK:
-        return UserError(f"{path}: {os.strerror(error.errno).lower()}; the last checkpoint is intact")
-    return None
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A full disk or a directory that cannot be written becomes one clear line."""
-    try:
-        yield
-    except OSError as error:
-        known = disk_error(path, error)
-        if known is None:
-            raise
-        raise known from None
 
 
 @dataclass(frozen=True)
@@ -155,20 +126,48 @@ def load(preset: str, stage: int, overrides: dict[str, Any] | None = None, setti
         raise UserError(f"--config {preset}: no such file or preset (presets: {known})")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that there is not
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: the file takes keys, got {tree!r}")
     stages = {key: tree.pop(key) or {} for key in list(tree) if key in ("stage1", "stage2", "stage3")}
     config = _merge(Config(), tree, str(path))
     config = _merge(config, stages.get(f"stage{stage}", {}), f"{path}: stage{stage}")
-    for key, value in [*(overrides or {}).items(), *map(_split, settings)]:
+    config = _overridden(config, overrides or {}, settings)
+    _check_numbers(config)
+    return config
+
+
+def _overridden(config: Config, overrides: dict[str, Any], settings: Iterable[str]) -> Config:
+    for key, value in [*overrides.items(), *map(_split, settings)]:
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
         config = _merge(config, nested, "command line")
-    _check_numbers(config)
     return config
+
+
+def preset_for(overrides: dict[str, Any], settings: Iterable[str] = ()) -> tuple[str, str]:
+    """The preset of a command line that names none: nano, or the neutral one where it names other parts than nano's.
+
+    Nano's chat template, threads and frames kept in memory are of use to nano's own parts.
+
+    Args:
+        overrides, settings: what else the command line asks for, as for `load`.
+
+    Returns:
+        The preset, and one line that says why it is not nano, '' where it is.
+
+    Raises:
+        UserError: a setting that `load` would refuse, too.
+    """
+    own = load(NANO, 1).model
+    asked = _overridden(Config(model=own), overrides, settings).model
+    for part, what in (("llm", "LLM"), ("whisper", "Whisper")):
+        name = getattr(asked, part)
+        if name != getattr(own, part):
+            return NEUTRAL, f"--config not given: train/configs/{NEUTRAL}.yaml, since the {what} is {name}"
+    return NANO, ""
 
 
 _LEAST = {
@@ -233,7 +232,7 @@ def _split(text: str) -> tuple[str, Any]:
         raise UserError(f"{text}: overrides look like optim.steps=100")
     try:
         return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that there is not
         raise UserError(f"{text}: {value!r} is not a YAML value") from None
 
 
@@ -279,7 +278,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         except ValueError:
             pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where}: too large a number") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{where}: takes {hint.__name__}, got {value!r}")
     return value

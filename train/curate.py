@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from train.config import UserError
+from soundwave_fast.errors import ArgumentParser, UserError, run_command
 from train.curation.reasons import Limits
 from train.curation.shards import Job, write_jsonl
 
@@ -30,7 +30,7 @@ FORMAT = 1  # of the scored shards: raise it when the same settings would give o
 
 def _parser() -> argparse.ArgumentParser:
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="soundwave curate", description=__doc__, **raw)
+    parser = ArgumentParser(prog="soundwave curate", description=__doc__, **raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="STEP")
     subs = {
         name: commands.add_parser(name, help=what, description=what)
@@ -118,8 +118,8 @@ def prepare(args: argparse.Namespace) -> None:
     found = [sources.parse(text, args.language, parts, args.jobs) for text in args.sources]
     job = Job(args.out)
     note = {"sources": args.sources, "parts": args.parts, "language": args.language, "shard_size": args.shard_size}
-    before = job.note()
-    if before and not args.again:
+    before = None if args.again else job.note()
+    if before:
         if {key: before.get(key) for key in note} != note:
             raise UserError(f"{args.out}: prepared from other sources; choose another --out, or --again")
         print(f"curate: {args.out} is prepared: {before['rows']} utterances", file=sys.stderr)
@@ -238,18 +238,15 @@ STEPS = {"run": run, "prepare": prepare, "transcribe": transcribe, "select": sel
 STEPS |= {"instruct": instruct, "spoken-qa": spoken_qa}
 
 
+def _command(argv: list[str]) -> None:
+    args = _parser().parse_args(argv)
+    STEPS[args.command](args)
+
+
 def main(argv: list[str] | None = None) -> int:
     """0; 2 after one line for a mistake; 130 after Ctrl-C (start again to go on)."""
-    args = _parser().parse_args(argv)
-    try:
-        STEPS[args.command](args)
-    except UserError as error:
-        print(f"curate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("curate: interrupted; finished shards are kept, the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    kept = "interrupted; finished shards are kept, the same command goes on"
+    return run_command("curate", _command, argv, interrupted=kept, value_errors=False, in_step=False)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -11,13 +10,14 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import logging
 
+from soundwave_fast.errors import ArgumentParser, UserError, one_line, run_command
 from soundwave_fast.model import SoundwaveForConditionalGeneration, SoundwaveProcessor
 from soundwave_fast.model.checkpoint import LORA, is_stage_directory
 from soundwave_fast.text import normalise
-from train.config import UserError
 from train.data import tasks
 from train.data.manifest import Utterance, read
 from train.scoring import Outcome, Scores, answer, make_batches, make_jobs, score
@@ -56,8 +56,20 @@ def evaluate(
     return scores
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train/evaluate.py", description=__doc__)
+def _load(checkpoint: str) -> tuple[SoundwaveForConditionalGeneration, SoundwaveProcessor]:
+    # after stage 1 the LLM has not met the adapters yet: CTC is all there is to score
+    stage1 = is_stage_directory(checkpoint) and not (Path(checkpoint) / LORA).is_dir()
+    try:
+        model = SoundwaveForConditionalGeneration.from_pretrained(
+            checkpoint, with_language_model=False if stage1 else None
+        )
+        return model, SoundwaveProcessor.from_pretrained(checkpoint)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(one_line(error if checkpoint in str(error) else f"{checkpoint}: {error}", 300)) from error
+
+
+def _run(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="train/evaluate.py", description=__doc__)
     parser.add_argument("checkpoint", help="output directory of a stage")
     parser.add_argument("manifest", nargs="+", help="JSONL manifests")
     parser.add_argument("--questions", default="", help="tasks to ask besides the transcript, by comma")
@@ -67,32 +79,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", help="write figures and all outputs here")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
-    try:
-        for name, least in (("limit", 0), ("batch_size", 1)):
-            if getattr(args, name) < least:
-                raise UserError(f"--{name.replace('_', '-')}: must be at least {least}, got {getattr(args, name)}")
-        rows = [row for path in args.manifest for row in read(path)]
-        rows = rows[: args.limit] if args.limit else rows
-        questions = tuple(q for q in args.questions.split(",") if q)
-        for name in questions:
-            tasks.check(name, "--questions")
-        try:
-            # after stage 1 the LLM has not met the adapters yet: CTC is all there is to score
-            stage1 = is_stage_directory(args.checkpoint) and not (Path(args.checkpoint) / LORA).is_dir()
-            model = SoundwaveForConditionalGeneration.from_pretrained(
-                args.checkpoint, with_language_model=False if stage1 else None
-            )
-            processor = SoundwaveProcessor.from_pretrained(args.checkpoint)
-            if args.encoder_pad:  # the two halves of one setting: what is padded, and what the encoder attends to
-                model.config.encoder_pad = processor.encoder_pad = args.encoder_pad
-            scores = evaluate(model, processor, rows, questions, args.batch_size)
-            if not scores.utterances:
-                raise UserError(f"{', '.join(args.manifest)}: no audio that can be used")
-        except (OSError, ValueError) as error:
-            raise UserError(" ".join(str(error).split())[:300]) from None
-    except UserError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
+    for name, least in (("limit", 0), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least {least}, got {getattr(args, name)}")
+    rows = [row for path in args.manifest for row in read(path)]
+    rows = rows[: args.limit] if args.limit else rows
+    questions = tuple(q for q in args.questions.split(",") if q)
+    for name in questions:
+        tasks.check(name, "--questions")
+    model, processor = _load(args.checkpoint)
+    if args.encoder_pad:  # the two halves of one setting: what is padded, and what the encoder attends to
+        model.config.encoder_pad = processor.encoder_pad = args.encoder_pad
+    scores = evaluate(model, processor, rows, questions, args.batch_size)
+    if not scores.utterances:
+        raise UserError(f"{', '.join(args.manifest)}: no audio that can be used")
     for example in scores.examples:
         if example["task"] == "asr" and normalise(example["llm"] or example["ctc"]) != normalise(example["reference"]):
             print(f"  ref: {example['reference']}\n  ctc: {example['ctc']}\n  llm: {example['llm']}\n")
@@ -101,7 +101,11 @@ def main(argv: list[str] | None = None) -> int:
         temporary = Path(args.json + ".tmp")
         temporary.write_text(json.dumps({**scores.summary(), "examples": scores.examples}, indent=1))
         os.replace(temporary, args.json)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s."""
+    return run_command("evaluate", _run, argv)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 
 
 def parameter_groups(model: nn.Module, trainable: dict[str, float], weight_decay: float) -> list[dict]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 
 KNOWN = ("jsonl", "tensorboard", "wandb")
 

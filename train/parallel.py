@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,23 @@ class World:
 
 
 def start() -> World:
-    """Join torchrun's process group (nccl on GPU, gloo on CPU); a plain `python` run is a world of one."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    """Join torchrun's process group (nccl on GPU, gloo on CPU); a plain `python` run is a world of one.
+
+    Raises:
+        UserError: more ranks on this machine than it has GPUs, or an environment that torchrun did not make.
+    """
+    local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    if cuda and ranks > max(1, torch.cuda.device_count()):
+        raise UserError(f"--nproc-per-node {ranks}: this machine shows {torch.cuda.device_count()} GPUs")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        except ValueError as error:
+            raise UserError(f"RANK is set, but the rest of torchrun's environment is not: {error}") from None
     if not dist.is_initialized():
         return World(0, 1, device)
     return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))

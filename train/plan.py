@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -13,7 +12,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from soundwave_fast import cost_model
 from soundwave_fast.cost_model import Cost
-from train.config import Config, UserError, load
+from soundwave_fast.errors import ArgumentParser, UserError, run_command
+from train.config import Config, load
 
 GIB = 2**30
 LLM_70B = "meta-llama/Llama-3.1-70B-Instruct"
@@ -219,8 +219,8 @@ def update(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train/plan.py", description=__doc__)
+def _run(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="train/plan.py", description=__doc__)
     parser.add_argument("--preset", "--config", default="paper", help="a preset or a YAML file [%(default)s]")
     parser.add_argument("--gpus", type=int, default=8, help="[%(default)s]")
     parser.add_argument("--chip", default="H100-SXM", help=f"{', '.join(BOXES)} [%(default)s]")
@@ -231,18 +231,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--update", type=Path, metavar="FILE", help="put that table between the marks of FILE")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
-    try:
-        if args.table or args.update:
-            text = tables(args.preset, args.chip, args.hours)
-            update(args.update, text) if args.update else print(text)
-            return 0
-        for stage in (args.stage,) if args.stage else (1, 2, 3):
-            config = load(args.preset, stage, settings=args.settings)
-            print("\n".join(lines(make(config, stage, args.gpus, args.chip, per_node=args.per_node), args.hours)))
-    except (UserError, OSError) as error:
-        print(f"plan: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.table or args.update:
+        text = tables(args.preset, args.chip, args.hours)
+        update(args.update, text) if args.update else print(text)
+        return
+    for stage in (args.stage,) if args.stage else (1, 2, 3):
+        config = load(args.preset, stage, settings=args.settings)
+        print("\n".join(lines(make(config, stage, args.gpus, args.chip, per_node=args.per_node), args.hours)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s."""
+    return run_command("plan", _run, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from soundwave_fast.commands import say
+from soundwave_fast.commands import check_default_model
 
 SEMANTICS = ("adapter_attention", "look_back_keys", "drop_blank", "mask_frames", "peak_select", "encoder_pad")
 SETTINGS = (*SEMANTICS, "look_back", "ctc_head", "ctc_weight", "audio_token_id", "ctc_blank_id")
@@ -195,11 +195,12 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def run(checkpoint: str, as_json: bool) -> int:
-    """Print it; exit code 0, or 2 for what is no checkpoint."""
-    try:
-        found = describe(checkpoint)
-    except (OSError, ValueError) as error:
-        say(error)
-        return 2
+    """Print it; exit code 0.
+
+    Raises:
+        UserError, OSError, ValueError: no checkpoint, or a damaged one; see `describe`.
+    """
+    check_default_model(checkpoint, "name a CHECKPOINT")
+    found = describe(checkpoint)
     print(json.dumps(found) if as_json else "\n".join(lines(found)))
     return 0

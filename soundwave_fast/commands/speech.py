@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from soundwave_fast.commands import say
+from soundwave_fast.commands import check_default_model, say
 from soundwave_fast.commands.files import expand, output_paths, progress_bar, seconds_of
+from soundwave_fast.errors import UserError, one_line
 
 SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
 
@@ -54,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser, command: str, default_model: 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code as `soundwave_fast.cli.main`. What is wrong with the arguments is told before anything is loaded."""
+    """Exit code as `soundwave_fast.cli.main`. What is wrong with the arguments is told before anything is loaded.
+
+    Raises:
+        UserError, ValueError, OSError: what keeps every file from being heard.
+    """
+    outputs = None
     try:
         files = expand(args.files)
         if args.max_new_tokens < 1 or args.batch_size < 1:
@@ -68,22 +74,16 @@ def run(args: argparse.Namespace) -> int:
                 files, outputs = [name for name, _ in todo], [path for _, path in todo]
             if not files:
                 return 0
+        check_default_model(args.model, "name your own with --model")
         model, processor = _load(args)
     except ImportError as error:
-        say(f"{error}; install soundwave_fast[model]")
-        return 2
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        say(error)
-        return 2
+        raise UserError(f"{error}; install soundwave_fast[model]") from error
     try:
         if args.command == "chat":
             return _exit_code(_chat(args, model, processor, files), files)
         return _transcribe(args, model, processor, files, outputs)
-    except (OSError, ValueError, RuntimeError) as error:  # not one file's fault: memory, a full disk, an option
-        if isinstance(error, BrokenPipeError):
-            raise
-        say(error)
-        return 2
+    except RuntimeError as error:  # not one file's fault: memory, a device, an option
+        raise UserError(one_line(error)) from error
 
 
 def _exit_code(failed: int, files: list[str], drawn: bool = True) -> int:
@@ -125,6 +125,7 @@ def _check_peaks(target: str, files: list[str]) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     from soundwave_fast.model import SoundwaveForConditionalGeneration, SoundwaveProcessor
@@ -147,10 +148,14 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(f"--model {error}") from None
     settings = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
     settings["with_language_model"] = args.command == "chat" or not _ctc_alone(args)
-    model = SoundwaveForConditionalGeneration.from_pretrained(name, **settings).to(device).eval()
+    try:
+        model = SoundwaveForConditionalGeneration.from_pretrained(name, **settings).to(device).eval()
+        processor = SoundwaveProcessor.from_pretrained(name)
+    except (RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # a damaged model, memory
+        raise UserError(f"--model {args.model}: {type(error).__name__}: {one_line(error)}") from error
     if args.compile or (args.compile is None and torch.device(device).type == "cuda"):
         model.compile_adapters()
-    return model, SoundwaveProcessor.from_pretrained(name)
+    return model, processor
 
 
 def _ctc_alone(args: argparse.Namespace) -> bool:

@@ -9,8 +9,8 @@ import random
 import pytest
 import soundfile
 
+from soundwave_fast.errors import UserError
 from train import curate
-from train.config import UserError
 from train.curation.instructions import FACTS, TEMPLATES, read_questions, transcribe_then_answer
 from train.data import tasks
 from train.data.manifest import read

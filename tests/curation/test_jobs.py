@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from soundwave_fast.errors import UserError
 from train import curate
-from train.config import UserError
 from train.curation.engine import Engine, scored_row
 from train.curation.reasons import Limits
 from train.curation.report import write_report

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from soundwave_fast.errors import UserError
 from tests.curation import planted
 from train import curate
-from train.nano.parts import PartsError, prepare_whisper
-from train.nano.speech import SpeechError, speak
+from train.nano.parts import prepare_whisper
+from train.nano.speech import speak
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ("--model", "package:whisper-tiny.en", "--threads", "1", "--batch-size", "4")
@@ -37,7 +38,7 @@ def job(tmp_path_factory):
     try:
         prepare_whisper()
         speak(planted.texts(), folder / "spoken")
-    except (PartsError, SpeechError) as error:
+    except UserError as error:
         pytest.skip(f"no demo parts: {error}")
     expected = planted.plant(folder, folder / "spoken")
     threads = torch.get_num_threads()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 from train.curation.engine import scored_row
 from train.curation.reasons import REASONS, Limits, reason
 from train.curation.scoring import compression, language_code, longest_repeat, score, script

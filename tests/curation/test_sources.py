@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 from train.curation.sources import parse, without_tags
 from train.data.manifest import read
 

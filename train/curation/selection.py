@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 from train.curation.reasons import Limits, reason
 from train.curation.shards import Job, line_of, read_jsonl, writing
 

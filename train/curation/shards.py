@@ -16,23 +16,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.config import UserError, disk_errors
+from soundwave_fast.errors import UserError, disk_errors
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> AbstractContextManager[None]:
     """A full disk or a folder that cannot be written becomes one clear line (UserError)."""
-    try:
-        with disk_errors(path):
-            yield
-    except UserError as error:
-        raise UserError(str(error).replace("the last checkpoint is intact", "finished shards are intact")) from None
+    return disk_errors(path, "finished shards are intact")
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
@@ -84,7 +79,12 @@ class Job:
     def note(self) -> dict | None:
         """What `prepare` wrote down, None before it has finished."""
         path = self.out / "input" / "job.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path}: damaged; run `curate prepare` again, with --again") from None
 
     def inputs(self) -> list[Path]:
         """The input shards.

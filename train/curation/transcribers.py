@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from soundwave_fast.audio import SAMPLE_RATE
-from train.config import UserError
+from soundwave_fast.errors import UserError
 from train.curation.scoring import language_code
 
 MAX_NEW_TOKENS = 224  # half of Whisper's text context, as in its released code; 30 s of speech stay far below
@@ -66,6 +66,7 @@ class TransformersWhisper:
     """Batched greedy decoding of up to 30 s each; the encoder runs once, for the language and for the text."""
 
     def __init__(self, name: str, device: torch.device, dtype: str = "auto", task: str = "transcribe"):
+        from safetensors import SafetensorError
         from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
         from transformers.utils import logging
 
@@ -77,7 +78,7 @@ class TransformersWhisper:
             model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=kind)
             self.features = WhisperFeatureExtractor.from_pretrained(folder)
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"--model {name}: cannot be loaded as a Whisper ({first[:200]})") from None
         self.model, self.device, self.task = model.to(device).eval(), device, task
@@ -145,14 +146,11 @@ def _folder(name: str) -> str:
     """
     if not name.startswith("package:"):
         return name
-    from train.nano.parts import PartsError, prepare_whisper
+    from train.nano.parts import prepare_whisper
 
     if name != "package:whisper-tiny.en":
         raise UserError(f"--model {name}: the only packaged Whisper is package:whisper-tiny.en")
-    try:
-        return str(prepare_whisper())
-    except PartsError as error:
-        raise UserError(str(error)) from None
+    return str(prepare_whisper())
 
 
 class FasterWhisper:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 
 
 def lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

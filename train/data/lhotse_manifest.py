@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 from train.data.jsonl import lines
 from train.data.utterance import LABELS
 

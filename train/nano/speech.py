@@ -15,7 +15,6 @@ nothing of it is shipped with this project or needed to train, run or import it.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -35,8 +34,9 @@ from pathlib import Path
 
 import numpy as np
 
+from soundwave_fast.errors import ArgumentParser, UserError, run_command
 from train.nano.grammar import Sentence, sample
-from train.nano.parts import VOICE_FILE, PartsError, prepare_voice
+from train.nano.parts import VOICE_FILE, prepare_voice
 
 SAMPLE_RATE = 16000  # Hz, what Whisper takes
 _FORMAT = 1  # raise it when the same arguments give another set: older sets are then made anew
@@ -44,10 +44,6 @@ _BLOCK = 20  # utterances per task: long enough to hide loading the voice (0.3 s
 _PITCHES = (0.88, 0.94, 1.0, 1.06, 1.12)
 _ESPEAK_VOICES = ("en-us", "en-gb", "en-us+f2", "en-us+m3", "en-gb+f4", "en-us+f5", "en-gb-scotland")
 _OURS = re.compile(r"(train|test)-\d{5}\.flac")
-
-
-class SpeechError(RuntimeError):
-    """The set could not be made; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,7 @@ def _make_block(block: list[Utterance], audio: Path, model: Path, block_seed: in
         os.replace(tmp, path)
         kept[utterance.id] = _duration(path)
         if not kept[utterance.id]:
-            raise SpeechError(f"{utterance.engine} gave no speech for {utterance.sentence.text!r}")
+            raise UserError(f"{utterance.engine} gave no speech for {utterance.sentence.text!r}")
     return kept
 
 
@@ -185,7 +181,7 @@ def _claim(out: Path, settings: dict) -> None:
     (out / "audio").mkdir(parents=True, exist_ok=True)
     before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
     if before is None and any((out / f"{split}.jsonl").exists() for split in ("train", "test")):
-        raise SpeechError(f"{out} holds manifests this tool did not write; choose another --out")
+        raise UserError(f"{out} holds manifests this tool did not write; choose another --out")
     if before is not None and before != settings:
         print(f"speech: {out} was made with other settings ({before}); making it anew", file=sys.stderr)
         for path in [out / "train.jsonl", out / "test.jsonl", *(out / "audio").iterdir()]:
@@ -199,7 +195,7 @@ def make_speech(out: Path, train: int = 400, test: int = 40, seed: int = 1, work
     """Make (or complete) the set in `out` and return its (train.jsonl, test.jsonl).
 
     `cache` is where the voice is kept (see parts.py). Call it under `if __name__ == "__main__"`: workers are spawned.
-    Raises ValueError naming a bad argument, PartsError without a voice, SpeechError where synthesis fails.
+    Raises ValueError naming a bad argument, UserError without a voice or where synthesis fails.
     """
     if workers < 1:
         raise ValueError(f"workers: must be at least 1, got {workers}")
@@ -229,18 +225,16 @@ def make_speech(out: Path, train: int = 400, test: int = 40, seed: int = 1, work
                     for u in utterances if u.id.startswith(split)]
             _write(out / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     except ImportError as error:
-        raise SpeechError(f"{error.name} is not installed: pip install 'soundwave_fast[model,demo]'") from error
-    except SpeechError:
-        raise
+        raise UserError(f"{error.name} is not installed: pip install 'soundwave_fast[model,demo]'") from error
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:  # a dead worker among them
-        raise SpeechError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+        raise UserError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
     return out / "train.jsonl", out / "test.jsonl"
 
 
 def speak(texts: dict[str, str], audio: Path, seed: int = 1, cache: Path | None = None) -> dict[str, float]:
     """Speak id -> text into `audio`/ID.flac in this process; id -> seconds. Files that decode are kept.
 
-    Raises PartsError without a voice, SpeechError where synthesis fails.
+    Raises UserError without a voice or where synthesis fails.
     """
     model = prepare_voice(cache) / VOICE_FILE
     block = [_cast(name, Sentence(text, {}), seed, espeak=False) for name, text in texts.items()]
@@ -248,31 +242,35 @@ def speak(texts: dict[str, str], audio: Path, seed: int = 1, cache: Path | None 
         audio.mkdir(parents=True, exist_ok=True)
         return _make_block(block, audio, model, seed)
     except ImportError as error:
-        raise SpeechError(f"{error.name} is not installed: pip install 'soundwave_fast[model,demo]'") from error
+        raise UserError(f"{error.name} is not installed: pip install 'soundwave_fast[model,demo]'") from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise SpeechError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+        raise UserError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m train.nano.speech", description=__doc__.splitlines()[0])
+def describe(manifests: tuple[Path, Path]) -> str:
+    """A line for each manifest: how many utterances it has, and how long they are."""
+    lines = []
+    for path in manifests:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        total = sum(row["duration"] for row in rows)
+        lines.append(f"{path}: {len(rows)} utterances, {total / 60:.1f} min, {total / len(rows):.2f} s on average")
+    return "\n".join(lines)
+
+
+def _run(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="python -m train.nano.speech", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the manifests and audio/")
     parser.add_argument("--train", type=int, default=400, help="utterances to train on (%(default)s)")
     parser.add_argument("--test", type=int, default=40, help="held-out utterances (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="texts, voices and noise (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (%(default)s)")
     parser.add_argument("--cache", type=Path, help="folder of the ready-made voice (see train/nano/parts.py)")
-    args = parser.parse_args(argv)
-    try:
-        manifests = make_speech(**vars(args))
-    except (ValueError, PartsError, SpeechError) as error:
-        print(f"speech: error: {error}", file=sys.stderr)
-        return 2
-    for path in manifests:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        total = sum(row["duration"] for row in rows)
-        print(f"{path}: {len(rows)} utterances, {total / 60:.1f} min, {total / len(rows):.2f} s on average")
-    return 0
+    print(describe(make_speech(**vars(parser.parse_args(argv)))))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s."""
+    return run_command("speech", _run, argv, interrupted="interrupted; the same command goes on")
 
 
 if __name__ == "__main__":
