@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from train.config import UserError, disk_error, disk_errors
+from soundwave_fast.errors import UserError, disk_error, disk_errors
 from train.parallel import World
 
 BEST = "best.json"
@@ -37,6 +37,13 @@ def latest(folder: Path) -> Path | None:
 
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
+
+
+def named_step(path: Path | None) -> int | None:
+    """The step a checkpoint is of by its name: 0 for none at all, None where somebody gave it another name."""
+    if path is None:
+        return 0
+    return step_of(path) if path.name.startswith("step-") and path.name[5:].isdecimal() else None
 
 
 def find(name: str) -> Path:

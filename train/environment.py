@@ -57,13 +57,19 @@ def describe(world: World) -> dict:
     }
 
 
-def write(folder: Path, world: World) -> None:
-    """`environment.json`: one entry for each time the run was started or resumed, newest last."""
+def write(folder: Path, world: World, step: int = 0, changed: dict[str, list] | None = None) -> None:
+    """`environment.json`: one entry for each time the run was started or resumed, newest last.
+
+    Args:
+        step: it goes on from.
+        changed: settings that were others before: key -> [before, now].
+    """
     path = folder / FILE
     try:
         entries = json.loads(path.read_text())
     except (OSError, ValueError):
         entries = []
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps([*entries, describe(world)], indent=1))
+    entry = {**describe(world), "step": step, "changed_settings": changed or {}}
+    temporary.write_text(json.dumps([*entries, entry], indent=1))
     os.replace(temporary, path)

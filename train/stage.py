@@ -10,14 +10,17 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from train.config import Config, UserError, disk_errors, dump, load
+from soundwave_fast.errors import ArgumentParser, UserError, disk_errors, run_command, say
+from train.config import NANO, NEUTRAL, Config, load, preset_for
 
-DONE = "done.json"
+if TYPE_CHECKING:
+    from train.identity import Held
 
 
-def _arguments(stage: int, argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def _arguments(stage: int, argv: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
         prog=f"train/stage{stage}.py",
         description={
             1: "Stage 1: the alignment adapter learns the LLM's vocabulary by CTC.",
@@ -26,7 +29,10 @@ def _arguments(stage: int, argv: list[str] | None) -> argparse.Namespace:
         }[stage],
         epilog="Any other setting: key=value, e.g. optim.steps=100 data.batch_size=8 (see train/config.py).",
     )
-    parser.add_argument("--config", default="nano", help="a preset of train/configs or a YAML file [%(default)s]")
+    parser.add_argument(
+        "--config",
+        help=f"a preset of train/configs or a YAML file [{NANO}; {NEUTRAL} where --whisper or --llm is not {NANO}'s]",
+    )
     parser.add_argument("--whisper", help="Whisper folder or hub name (model.whisper)")
     parser.add_argument("--llm", help="LLM folder or hub name (model.llm)")
     parser.add_argument("--train", nargs="+", metavar="MANIFEST", help="training manifests (data.train)")
@@ -55,7 +61,8 @@ def sort_settings(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def _config(args: argparse.Namespace, stage: int) -> Config:
+def _config(args: argparse.Namespace, stage: int) -> tuple[Config, str]:
+    """The settings, and one line that says which preset was taken where nobody named one but the parts ask for it."""
     overrides = {
         "model.whisper": args.whisper,
         "model.llm": args.llm,
@@ -65,51 +72,81 @@ def _config(args: argparse.Namespace, stage: int) -> Config:
         "run.out": args.out,
     }
     given = {key: value for key, value in overrides.items() if value is not None}
-    config = load(args.config, stage, given, args.settings)
+    preset, why = preset_for(given, args.settings) if args.config is None else (args.config, "")
+    config = load(preset, stage, given, args.settings)
     if not config.run.out:
         raise UserError("--out: no output directory")
     if not config.data.train:
         raise UserError("--train: no manifest")
     if stage == 1 and config.run.init:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, init=""))
-    return config
+    return config, why
 
 
-def _finished(config: Config, overwrite: bool) -> bool:
-    """Whether `run.out` already holds this very run, finished. Writes nothing.
+def _check_demo(config: Config, stage: int) -> None:
+    """Whether what the nano preset starts from is there. It is where `make demo` has run.
 
     Raises:
-        UserError: it holds a run with other settings and `overwrite` is not set.
+        UserError: it is not; the line says what is missing and what to do first.
     """
-    settings, text = Path(config.run.out) / "config.yaml", dump(config)
-    if settings.is_file() and settings.read_text() != text and not overwrite:
-        was = set(settings.read_text().splitlines())
-        changed = [line.strip() for line in text.splitlines() if line not in was]
-        what = "; ".join(changed[:4]) or "fewer settings"
+    from soundwave_fast.model.checkpoint import is_stage_directory
+
+    nano, missing, what = load(NANO, stage), [], "start from"
+    if config.data.train == nano.data.train and not all(Path(path).is_file() for path in config.data.train):
+        missing, what = [f"speech in {Path(config.data.train[0]).parent}"], "train on"
+    if stage > 1 and config.run.init == nano.run.init and not is_stage_directory(config.run.init):
+        missing.append(f"finished stage {stage - 1} in {config.run.init}")
+    if missing:
+        options = "--train, --valid and --out" if stage == 1 else "--train, --valid, --init and --out"
         raise UserError(
-            f"{config.run.out} holds a run with other settings (now {what}); --overwrite it or change --out"
+            f"nothing to {what} yet: no {' and no '.join(missing)}; run `make demo` first, which makes "
+            f"{'both' if missing[1:] else 'it'}, or name your own with {options} (and --whisper, --llm, --config)"
         )
-    return settings.is_file() and settings.read_text() == text and (Path(config.run.out) / DONE).is_file()
+    if not config.run.valid_utterances or config.data.valid != nano.data.valid:
+        return
+    if not all(Path(path).is_file() for path in config.data.valid):
+        raise UserError(
+            f"--valid: the {NANO} preset's own ({config.data.valid[0]}) is not there; "
+            "name your held-out speech, or none with data.valid=[]"
+        )
 
 
-def _claim(config: Config, resume: str) -> None:
-    """Make `run.out` this run's, throwing away one with other settings, or any where `resume` is 'never'.
+def _finished(config: Config, overwrite: bool, resume: str) -> bool:
+    """Whether `run.out` already holds this very run, finished, and nothing is to be done. Writes nothing.
+
+    Raises:
+        UserError: it holds a run that cannot go on with these settings, and `overwrite` is not set.
+    """
+    from train import identity
+
+    held = identity.held(config)
+    if held.finished and resume == "auto" and not (held.refused and overwrite):
+        return True
+    if held.refused and not overwrite:
+        raise UserError(held.refused)
+    return False
+
+
+def _claim(config: Config, resume: str, held: Held) -> None:
+    """Make `run.out` this run's, throwing away one that cannot go on, or any where `resume` is 'never'.
+
+    Args:
+        held: what `run.out` holds, as all ranks have read it.
 
     Raises:
         UserError: it cannot be written, or holds the checkpoint to start from.
     """
-    out, text = Path(config.run.out), dump(config)
-    settings = out / "config.yaml"
+    from train import identity
+
+    out = Path(config.run.out)
     with disk_errors(out):
-        if settings.is_file() and (settings.read_text() != text or resume == "never"):
+        if held.there and (held.refused or resume == "never"):
             if resume not in ("auto", "never") and Path(resume).resolve().is_relative_to(out.resolve()):
                 raise UserError(f"--resume {resume}: lies in {out}, which --overwrite would throw away; change --out")
             shutil.rmtree(out)
-        (out / DONE).unlink(missing_ok=True)
+        (out / identity.DONE).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
-        temporary = out / "config.yaml.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, settings)
+        identity.write(config, held.fingerprints)
 
 
 def check(stage: int, argv: list[str], previous_exists: bool = True) -> Config:
@@ -124,7 +161,7 @@ def check(stage: int, argv: list[str], previous_exists: bool = True) -> Config:
     from train.build import previous_stage
     from train.data.manifest import read
 
-    config = _config(_arguments(stage, argv), stage)
+    config, _ = _config(_arguments(stage, argv), stage)
     for path in (*config.data.train, *config.data.valid):
         read(path)
     if previous_exists:
@@ -138,32 +175,37 @@ def main(stage: int, argv: list[str] | None = None) -> int:
     0: done, or stopped by SIGTERM and saved; 2: a mistake of the user's, or a disk that refuses; 130: Ctrl-C, saved.
     The watchdog ends a process that waits for a hung rank with 75.
     """
+    return run_command(
+        f"stage {stage}",
+        lambda argv: _run(stage, argv),
+        argv,
+        interrupted="interrupted; the same command goes on",
+        value_errors=False,
+    )
+
+
+def _run(stage: int, argv: list[str]) -> int:
     args = _arguments(stage, argv)
-    world = None
+    config, why = _config(args, stage)
+    from train import identity, parallel
+
     try:
-        config = _config(args, stage)
-        from train import parallel
-
         world = parallel.start()
-        if _finished(config, args.overwrite) and args.resume == "auto":
+        if _finished(config, args.overwrite, args.resume):
             if world.main:
-                print(f"{config.run.out}: already finished", file=sys.stderr)
+                done = identity.steps_done(Path(config.run.out))
+                more = f", with {done} steps" if done != config.optim.steps else ""
+                print(f"{config.run.out}: already finished{more}", file=sys.stderr)
             return 0
-        return _train(config, stage, world, args.resume)
-    except KeyboardInterrupt:
-        print(f"stage {stage}: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # also before there is a world
-            print(f"stage {stage}: {error}", file=sys.stderr)
-        return 2
+        _check_demo(config, stage)
+        return _train(config, stage, world, args.resume, why)
     finally:
-        if world is not None:
-            parallel.stop()
+        parallel.stop()
 
 
-def _train(config: Config, stage: int, world, resume: str) -> int:
+def _train(config: Config, stage: int, world, resume: str, why: str) -> int:
     from train import environment, parallel
+    from train.checkpoint import named_step
     from train.data.manifest import read
     from train.signals import Interrupted
     from train.trainer import Trainer
@@ -174,9 +216,12 @@ def _train(config: Config, stage: int, world, resume: str) -> int:
         read(path)  # its mistakes are said now, not after the training
     trainer = Trainer(config, stage, world, resume)  # before anything is written: most mistakes show here
     if world.main:
-        _claim(config, resume)
+        if why:
+            say(f"stage {stage}", why)
+        _claim(config, resume, trainer.held)
+        changed = {change.key: [change.was, change.now] for change in trainer.held.changes if resume != "never"}
         with disk_errors(Path(config.run.out)):
-            environment.write(Path(config.run.out), world)
+            environment.write(Path(config.run.out), world, named_step(trainer.start), changed)
     parallel.barrier()
     trainer.resume()
     try:
@@ -199,7 +244,7 @@ def _report(trainer, config: Config, sharded: dict | None) -> None:
         sharded: the held-out figures, where all ranks had to work on them together.
     """
     from soundwave_fast import plots
-    from train import metrics
+    from train import identity, metrics
     from train.data.manifest import read
     from train.evaluate import evaluate
     from train.validation_figures import figures_of
@@ -218,6 +263,6 @@ def _report(trainer, config: Config, sharded: dict | None) -> None:
     rows = metrics.read(out / metrics.FILE)
     summary["step_s_median"] = sorted(row["step_s"] for row in rows)[len(rows) // 2] if rows else None
     plots.loss_curves({out.name: rows}, out / "loss.png")
-    temporary = out / (DONE + ".tmp")
+    temporary = out / (identity.DONE + ".tmp")
     temporary.write_text(json.dumps(summary, indent=1))
-    os.replace(temporary, out / DONE)
+    os.replace(temporary, out / identity.DONE)

@@ -13,12 +13,21 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from soundwave_fast.model.processing import SoundwaveProcessor
 from soundwave_fast.model.whisper import MEL_PER_FRAME
 from train import build, parallel
-from train.config import Config
+from train.config import Config, Optim
 from train.data.batches import Batch, untally
 from train.data.loader import make_loader
 from train.data.manifest import read
 from train.parallel import World
 from train.watchdog import Watchdog
+
+
+def rate_factor(optim: Optim, step: int) -> float:
+    """Warm-up, plateau, cosine: the factor on every group's peak learning rate in the step after `step`."""
+    if step < optim.warmup:
+        return (step + 1) / optim.warmup
+    start = max(optim.warmup, optim.decay_from * optim.steps)
+    done = min(1.0, max(0.0, (step - start) / max(1.0, optim.steps - start)))
+    return optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def counted(batch: Batch) -> Tensor:
@@ -79,15 +88,6 @@ class TrainStep:
         vocabulary = self.model.config.text_config.vocab_size
         others = torch.randint(vocabulary, (self.config.optim.ctc_candidates,), generator=generator)
         return torch.unique(torch.cat([self.candidates, others])).to(self.world.device, non_blocking=True)
-
-    def _learning_rate(self) -> float:
-        """Warm-up, plateau, cosine: a factor on every group's peak."""
-        optim = self.config.optim
-        if self.step < optim.warmup:
-            return (self.step + 1) / optim.warmup
-        start = max(optim.warmup, optim.decay_from * optim.steps)
-        done = min(1.0, max(0.0, (self.step - start) / max(1.0, optim.steps - start)))
-        return optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
     def encoded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The frozen encoder's frames (N, T50, d_enc) and their lengths.
@@ -156,7 +156,7 @@ class TrainStep:
         self.watchdog.at(f"{name}: counts")
         counts = parallel.sum_on_host(sum(map(counted, batches)), self.world)
         self.drawn, self.unused = untally(counts[5:])
-        factor = self._learning_rate()
+        factor = rate_factor(self.config.optim, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.watchdog.at(f"{name}: forward and backward", factor=1.0 if self.warm else 3.0)  # the first one compiles

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from soundwave_fast.errors import UserError, disk_errors
 from soundwave_fast.model import checkpoint as stage_directory
-from train import build, checkpoint, freeze, layers, parallel, warm_start
+from train import build, checkpoint, freeze, identity, layers, parallel, warm_start
 from train.checkpoint import Checkpoints
-from train.config import Config, UserError, disk_errors, dump
+from train.config import Config
+from train.data.loader import batches_of
+from train.identity import Kind
 from train.metrics import Metrics
 from train.parallel import World
 from train.signals import EXIT, Interrupted, Signals
-from train.step import TrainStep
+from train.step import TrainStep, rate_factor
 from train.throughput import Throughput
 from train.validation import Validator
 
@@ -28,10 +32,15 @@ class Trainer(TrainStep):
     Args:
         resume: 'auto' goes on from the newest checkpoint of the same run in `run.out`, 'never' starts afresh, and a
             path (a `step-N` folder, or a run's directory) starts from that checkpoint.
+
+    Attributes:
+        held: what `run.out` held before, read by all ranks before rank 0 writes anything.
+        start: the checkpoint to go on from, or None.
     """
 
     def __init__(self, config: Config, stage: int, world: World, resume: str = "auto") -> None:
         self.out, self.resume_from = Path(config.run.out), resume
+        self.held = identity.held(config)
         self.start = self._checkpoint(config)  # a mistake in the path is said before the parts are loaded
         super().__init__(config, stage, world)
         self.fitted: float | None = None
@@ -55,16 +64,19 @@ class Trainer(TrainStep):
         wanted = config.data.valid and config.run.valid_utterances and (config.run.valid_every or world.size > 1)
         self.validator = Validator(config, stage, self.model, self.processor, world) if wanted else None
         self.best: dict | None = None  # {metric, value} of the best step so far, by validation
+        self.place = {"offset": 0, "first": 0, "batches": 0}  # in the data: seed - run.seed, see make_loader, drawn
+        self.saved = 0  # the step whose state is among `checkpoints`, or being written there
 
     def _checkpoint(self, config: Config) -> Path | None:
         """Where this run starts from, or None: from the beginning."""
         if self.resume_from == "never":
             return None
         if self.resume_from != "auto":
-            return checkpoint.find(self.resume_from)
-        settings = self.out / "config.yaml"
-        same = settings.is_file() and settings.read_text() == dump(config)  # another run's is to be overwritten
-        return checkpoint.latest(self.out / "checkpoints") if same else None
+            start = checkpoint.find(self.resume_from)
+            if (step := checkpoint.named_step(start) or 0) > config.optim.steps:
+                raise UserError(f"--resume {self.resume_from}: at step {step}, past optim.steps={config.optim.steps}")
+            return start
+        return checkpoint.latest(self.out / "checkpoints") if self.held.goes_on else None  # else it is overwritten
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -86,6 +98,8 @@ class Trainer(TrainStep):
         try:
             with self.signals:
                 self._loop()
+                if self.saved != self.step:  # a longer run goes on from here
+                    self._save()
                 self.watchdog.at("the last checkpoint")
                 self.checkpoints.wait()
         finally:
@@ -99,6 +113,7 @@ class Trainer(TrainStep):
             self.watchdog.at(f"step {self.step + 1}: reading data")
             started = time.perf_counter()
             group = [next(batches) for _ in range(self.config.optim.accumulate)]
+            self.place["batches"] += len(group)
             waited = time.perf_counter() - started
             row = self._train_step(group)
             self._count(row)
@@ -162,12 +177,13 @@ class Trainer(TrainStep):
         self.watchdog.at(f"step {self.step}: saving")
         own = {
             "step": self.step,
-            "loader": self.loader.state_dict(),
+            "loader": dict(self.place),
             "skipped": self.skipped,
             "seen": self.seen,
             "bad_steps": self.bad_steps,
         }
         self.checkpoints.save(self.step, self.model, self.optimizer, own, best)
+        self.saved = self.step
 
     def resume(self) -> None:
         """Go on from the checkpoint this run starts from, if there is one; a collective.
@@ -179,26 +195,56 @@ class Trainer(TrainStep):
             if self.world.main:
                 self.checkpoints.drop_after(-1)
                 self.metrics.resume(0)
+            self._say_changes()
             return
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         extra = checkpoint.load(self.start, self.model, self.optimizer, self.world)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group |= own  # a checkpoint of another run brings that one's rates and weight decay
         self.step, self.bad_steps = extra["step"], extra["bad_steps"]
         self.skipped, self.seen = extra["skipped"], extra["seen"]
-        if extra["same_world"]:
-            self.loader.load_state_dict(extra["loader"])
-        else:
-            seed = self.config.run.seed + 1000 + self.step
-            self.loader = self.make_loader(self.world.rank, self.world.size, seed, first=self.seen)
+        self._take_place(extra)
         parallel.barrier()  # nobody still reads what is thrown away now
         if self.world.main:
             self.checkpoints.drop_after(self.step)
         parallel.barrier()
-        self.best = self.checkpoints.best
+        if self.start.resolve().parent == self.checkpoints.folder.resolve():
+            self.saved = self.step
+        if not {"data.valid", "run.valid_utterances"} & {change.key for change in self.held.changes}:
+            self.best = self.checkpoints.best  # of other speech, it would be another measure
         self.metrics.resume(self.step)
         whence = f"{self.out} at step {self.step}" if self.resume_from == "auto" else f"from {self.start}"
         world = (
             "" if extra["same_world"] else f"; {extra['world']} ranks before, {self.world.size} now: data drawn anew"
         )
         self.metrics.say(f"resuming {whence}{world}")
+        self._say_changes()
+
+    def _take_place(self, extra: dict) -> None:
+        """Go on in the data where the checkpoint left off."""
+        if not extra["same_world"]:
+            self.place = {"offset": 1000 + self.step, "first": self.seen, "batches": 0}
+        elif "batches" in extra["loader"]:
+            self.place = dict(extra["loader"])
+        else:
+            self.place["batches"] = batches_of(extra["loader"])
+        if self.place["offset"]:
+            seed = self.config.run.seed + self.place["offset"]
+            self.loader = self.make_loader(self.world.rank, self.world.size, seed, self.place["first"])
+        self.loader.sampler.skip = self.place["batches"]
+
+    def _say_changes(self) -> None:
+        """A line on settings that are others than before, and one on another number of steps."""
+        if self.resume_from == "never":
+            return
+        if others := self.held.changed(Kind.FREE, Kind.ROUNDING):
+            rounded = "; from here on the losses may differ by rounding" if self.held.changed(Kind.ROUNDING) else ""
+            self.metrics.say(f"goes on with other settings: {'; '.join(map(str, others))}{rounded}")
+        for length in self.held.changed(Kind.LENGTH):
+            optim = self.config.optim
+            was, now = (rate_factor(replace(optim, steps=steps), self.step) for steps in (length.was, length.now))
+            rates = f"{now:.3g} of its peak, where it would have been {was:.3g}"
+            self.metrics.say(f"goes on with {length}: after step {self.step} the learning rate is {rates}")
 
     def _finish(self) -> None:
         """Write the stage directory; a collective."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.model.tiny import Parts
 from train import stage
+from train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTERS = {r"alignment_adapter\.": 3e-3, r"ctc_head\.": 3e-3}
@@ -55,6 +56,18 @@ def run(number: int, config: Path, out: Path, *arguments: str) -> int:
     finally:
         for which, handler in handlers.items():
             signal.signal(which, handler)
+
+
+def stop_after(steps: int, monkeypatch, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal during the given step of the next run."""
+    real = Trainer._train_step
+
+    def step(self, batches):
+        if self.step + 1 == steps:
+            os.kill(os.getpid(), number)
+        return real(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
 
 
 def rows(out: Path) -> list[dict]:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from soundwave_fast.errors import UserError
 from soundwave_fast.model import SoundwaveProcessor
 from tests.model import tiny
 from tests.train import runs
 from tests.train.test_validation import stop_after
-from train.config import Data, UserError, load
+from train.config import Data, load
 from train.data.augment import change_speed, mask_spectrogram, speed_of
 from train.data.batches import BatchMaker
 from train.data.manifest import read

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+from soundwave_fast.errors import UserError, disk_errors
 from train import checkpoint, metrics
 from train.checkpoint import Checkpoints
-from train.config import UserError, disk_errors
 from train.parallel import World
 
 ONE = World(0, 1, torch.device("cpu"))

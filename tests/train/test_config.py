@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from train.config import PRESETS, Config, UserError, dump, load
+from soundwave_fast.errors import UserError
+from train.config import NANO, NEUTRAL, PRESETS, Config, dump, load, preset_for
 from train.data import tasks
 
 YAML = """
@@ -60,6 +61,8 @@ def test_overrides_win_and_are_typed(preset):
         ("optim=3", "optim. takes keys, got 3"),
         ("optim.steps", "overrides look like"),
         ("=3", "overrides look like"),
+        ("optim.steps=2026-13-45", "is not a YAML value"),
+        (f"optim.clip=1{'0' * 400}", "optim.clip: too large a number"),
         ("optim.steps=[3", "is not a YAML value"),
     ],
 )
@@ -99,12 +102,43 @@ def test_no_such_preset():
 @pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_shipped_presets_load_and_survive_a_round_trip(tmp_path, name, stage):
     config = load(name, stage)
-    assert config.optim.trainable and config.run.out
+    assert config.optim.trainable and (config.run.out or name == NEUTRAL)
     assert all(task in tasks.NAMES for task in config.data.tasks)
     assert stage == 1 or config.run.init == load(name, stage - 1).run.out, "each stage finds the one before"
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
     assert load(str(path), stage) == config
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_neutral_preset_is_nobodys(stage):
+    """No part, template, manifest or directory of nano's; what trains is the other presets' choice."""
+    config, middle, plain = load(NEUTRAL, stage), load("middle", stage), Config()
+    model = config.model
+    assert (model.whisper, model.llm, model.chat_template) == ("", "", None)
+    assert (config.data.train, config.data.valid, config.run.init, config.run.out) == ((), (), "", "")
+    assert (config.run.threads, config.data.cache_frames) == (plain.run.threads, False)
+    assert config.optim.trainable.keys() == middle.optim.trainable.keys()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings", "preset", "why"),
+    [
+        ({}, [], NANO, ""),
+        ({"data.train": ["a.jsonl"], "run.out": "x"}, ["optim.steps=3"], NANO, ""),
+        ({"model.llm": "package:smollm2-135m-instruct"}, ["model.whisper=package:whisper-tiny.en"], NANO, ""),
+        ({"model.llm": "some/llm"}, [], NEUTRAL, "the LLM is some/llm"),
+        ({"model.whisper": "some/whisper"}, [], NEUTRAL, "the Whisper is some/whisper"),
+        ({}, ["model.llm=some/llm"], NEUTRAL, "the LLM is some/llm"),
+        ({}, ["model={whisper: some/whisper}"], NEUTRAL, "the Whisper is some/whisper"),
+        ({"model.llm": "some/llm"}, ["model.llm=package:smollm2-135m-instruct"], NANO, ""),
+        ({"model.llm": "some/llm"}, ["data.speed=[0.9]"], NEUTRAL, "the LLM is some/llm"),  # which nano's cache forbids
+    ],
+)
+def test_which_preset_is_taken_where_none_is_named(overrides, settings, preset, why):
+    taken, said = preset_for(overrides, settings)
+    assert taken == preset and said.endswith(why) and bool(said) == bool(why)
+    assert not why or f"train/configs/{preset}.yaml" in said
 
 
 def test_dump_names_every_key():

@@ -9,8 +9,8 @@ import random
 
 import pytest
 
+from soundwave_fast.errors import UserError
 from tests.model.tiny import write_manifest
-from train.config import UserError
 from train.data import split, tasks
 from train.data.manifest import Utterance, read
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -115,6 +116,15 @@ def test_the_padding_can_be_overridden(tiny_parts, speech_dir, tmp_path):
     for pad in ("longest", "30s"):
         assert outcomes[pad, None] == outcomes[pad, pad] == outcomes["30s" if pad == "longest" else "longest", pad]
     assert outcomes["longest", "longest"] != outcomes["30s", "30s"], "they are heard differently"
+
+
+def test_weights_cut_short(stage, speech_dir, tmp_path, capsys):
+    shutil.copytree(stage, tmp_path / "stage")
+    weights = tmp_path / "stage" / "lora" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert evaluate.main([str(tmp_path / "stage"), str(speech_dir / "valid.jsonl")]) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and said.err.startswith(f"evaluate: {tmp_path / 'stage'}: ") and not said.out
 
 
 @pytest.mark.parametrize(

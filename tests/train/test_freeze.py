@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from train.config import UserError
+from soundwave_fast.errors import UserError
 from train.freeze import parameter_groups
 
 

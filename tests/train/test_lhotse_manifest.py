@@ -10,8 +10,8 @@ import pytest
 import soundfile
 from lhotse import CutSet, MonoCut, Recording, RecordingSet, SupervisionSegment, SupervisionSet
 
+from soundwave_fast.errors import UserError
 from tests.model import tiny
-from train.config import UserError
 from train.data import reading, split
 from train.data.manifest import read
 

@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
+from soundwave_fast.errors import UserError
 from train import loggers, plots
-from train.config import UserError
 from train.metrics import FILE, Metrics, duration, read
 from train.validation_figures import summary
 

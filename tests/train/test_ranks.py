@@ -14,6 +14,7 @@ from soundwave_fast.model import checkpoint
 from tests.model import tiny
 from tests.train import gradients_on_ranks, hung_rank, runs
 from tests.train.gradients_on_ranks import configuration, measure, prepare, scenarios
+from tests.train.runs import stop_after
 from train.config import load
 from train.parallel import World
 from train.trainer import Trainer
@@ -125,12 +126,18 @@ def test_three_stages_end_to_end(tiny_parts, speech_dir, tmp_path):
     assert (out[2] / "config.yaml").is_file() and (out[2] / "environment.json").is_file()
 
 
-def test_two_ranks_begin_and_one_goes_on(tiny_parts, speech_dir, tmp_path, capsys):
+def test_two_ranks_begin_and_one_goes_on(tiny_parts, speech_dir, tmp_path, monkeypatch, capsys):
     config = runs.write_config(tmp_path / "tiny.yaml", tiny_parts, speech_dir)
-    out, more = tmp_path / "out", ("optim.steps=3", "run.valid_utterances=0", "run.save_every=0")
-    torchrun("train/stage1.py", "--config", str(config), "--out", str(out), *more)
-    assert [row["step"] for row in runs.rows(out)] == [1, 2, 3]
-    (out / "done.json").unlink()
+    out, more = tmp_path / "out", ("optim.steps=4", "run.valid_utterances=0", "run.save_every=0")
+    two_ranks = ("train/stage1.py", "--config", str(config), "--out", str(out), *more[1:])
+    torchrun(*two_ranks, "optim.steps=1")
+    first = runs.losses(out)
+    torchrun(*two_ranks, "optim.steps=2", "data.workers=1")
+    assert [row["step"] for row in runs.rows(out)] == [1, 2] and runs.losses(out)[:1] == first
+    assert json.loads((out / "environment.json").read_text())[-1]["changed_settings"] == {
+        "data.workers": [0, 1],
+        "optim.steps": [1, 2],
+    }, "both ranks went on, from what both had read"
     dcp_to_torch_save(out / "checkpoints" / "step-0000002", tmp_path / "whole.pt")
     saved = torch.load(tmp_path / "whole.pt")["model"]
     trainer = Trainer(load(str(config), 1, {"run.out": str(out)}, more), 1, ONE)
@@ -142,9 +149,14 @@ def test_two_ranks_begin_and_one_goes_on(tiny_parts, speech_dir, tmp_path, capsy
         assert torch.equal(parameter, saved[name]) and not torch.equal(parameter, start), name
         assert trainer.optimizer.state[parameter]["step"] == 2 and trainer.optimizer.state[parameter]["exp_avg"].any()
     capsys.readouterr()
-    assert runs.run(1, config, out, *more) == 0
-    assert f"resuming {out} at step 2" in capsys.readouterr().err
-    assert [row["step"] for row in runs.rows(out)] == [1, 2, 3]
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        assert runs.run(1, config, out, *more) == 0
+    said = capsys.readouterr().err
+    assert f"resuming {out} at step 2; 2 ranks before, 1 now: data drawn anew" in said
+    assert "goes on with optim.steps 2 -> 4" in said
+    assert runs.run(1, config, out, *more) == 0, "where it was in what was drawn anew"
+    assert [row["step"] for row in runs.rows(out)] == [1, 2, 3, 4]
 
 
 def test_mistakes_are_one_line_for_all_ranks(tiny_parts, speech_dir, tmp_path):

@@ -11,7 +11,8 @@ from itertools import islice
 import pytest
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from train.config import Data, UserError
+from soundwave_fast.errors import UserError
+from train.config import Data
 from train.data import sampler
 from train.data.augment import speed_of
 from train.data.utterance import Utterance

@@ -80,7 +80,7 @@ def test_no_manifest_at_all(fails):
         ("model.dtype=float8", "model.dtype: 'float8' is not one of auto, float32, bfloat16"),
         ("model.whisper=package:large", "no package part 'large'"),
         ("model.llm=", "takes str, got None"),
-        ("model.llm=nowhere/llm", "model.whisper, model.llm: "),
+        ("model.llm=nowhere/llm", "model.llm: "),
         ("data.tasks={sing: 1}", "data.tasks: 'sing' is not one of"),
         ("data.tasks={given: 1}", "no row of the training manifests has what 'given' needs"),
         ('optim.trainable={"adaptor": 1}', "optim.trainable: 'adaptor' matches no parameter"),
@@ -205,6 +205,8 @@ def test_a_corrected_command_works(fails, config, tmp_path):
 def test_overwrite_throws_the_other_run_away(config, tmp_path):
     out = tmp_path / "out"
     assert runs.run(1, config, out, "optim.steps=1", "run.valid_utterances=0") == 0
-    assert runs.run(1, config, out, "optim.steps=2", "run.valid_utterances=0", "--overwrite") == 0
+    more = ("optim.steps=2", "optim.clip=2", "run.valid_utterances=0")
+    assert runs.run(1, config, out, *more) == 2
+    assert runs.run(1, config, out, *more, "--overwrite") == 0
     assert json.loads((out / "done.json").read_text())["steps"] == 2
     assert [row["step"] for row in runs.rows(out)] == [1, 2]

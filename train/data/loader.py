@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +14,23 @@ from train.config import Data
 from train.data import sampler
 from train.data.batches import BatchMaker
 from train.data.utterance import Utterance
+
+
+class Onward(torch.utils.data.Sampler):
+    """A sampler's batches but for the first `skip`: those are drawn again, and none of their audio is read."""
+
+    def __init__(self, sampler: Iterable, skip: int = 0) -> None:
+        self.sampler, self.skip = sampler, skip
+
+    def __iter__(self) -> Iterator:
+        return islice(iter(self.sampler), self.skip, None)
+
+
+def batches_of(state: dict[str, Any]) -> int:
+    """Batches drawn, by a StatefulDataLoader's own state: what checkpoints held before they held the number."""
+    if "_snapshot" in state:  # of worker processes
+        return state["_snapshot"]["_snapshot_step"] + state["_steps_since_snapshot"]
+    return state["_num_yielded"]
 
 
 def make_loader(
@@ -26,8 +45,9 @@ def make_loader(
 ) -> StatefulDataLoader:
     """Endless batches, the same for the same arguments whatever the number of workers.
 
-    Its state is a few numbers; restoring it replays the sampler, and reads no audio of the batches before. Its
-    attribute `left_out` counts the rows that are never drawn, by cause.
+    Its state is a few numbers; restoring it replays the sampler, and reads no audio of the batches before. So does
+    `loader.sampler.skip`: the number of batches to begin after, with any number of workers. The attribute `left_out`
+    counts the rows that are never drawn, by cause.
 
     Args:
         ranks: (rank, number of ranks).
@@ -40,7 +60,7 @@ def make_loader(
     """
     maker = BatchMaker(rows, processor, seed, with_prompts, cached, data)
     measure = maker.measure if with_prompts and data.batch_tokens else None
-    picks = sampler.build(rows, data, seed, *ranks, first=first, measure=measure)
+    picks = Onward(sampler.build(rows, data, seed, *ranks, first=first, measure=measure))
     workers = 0 if data.cache_frames else data.workers  # a worker process would not see the cache
     own = torch.Generator()  # starting the loader draws from it: the global one is where resumed dropout goes on
     loader = StatefulDataLoader(
