@@ -57,7 +57,7 @@ class Case:
     providers: dict[str, Maker]
     dtype: str = "float32"
     cost: Cost | None = None
-    sources: tuple[str, ...] = ()  # files whose change makes the row stale, beside the op's own
+    sources: tuple[str, ...] = ()  # files that the figure depends on, besides the op's own
     tests: str = ""  # the file whose tests marked "conformance" must pass; tests/ops/test_<op>.py if empty
     budget: float = 2e-2  # providers' results may differ so much from the baseline's, relative to its largest value
     rounds: int = ROUNDS
@@ -80,7 +80,7 @@ class Case:
 
     @property
     def files(self) -> list[str]:
-        """What the row depends on, for the report's staleness check: the op, its benchmark, and what they import.
+        """What the row depends on, so that the report can say what changed since: the op, its benchmark, their imports.
 
         Folders stand for all in them. The machinery (this file) is left out.
         """

@@ -11,8 +11,8 @@ OURS, OTHER = BLUE, "#a0aec0"
 OTHERS = ("#718096", RED, GREEN, "#b7791f", "#6b46c1", "#d53f8c", "#00a3c4", "#975a16")
 
 
-def ratios(rows: list[dict], machine: dict, path: Path) -> None:
-    """A bar a provider and case: how many times faster than the fastest eager code, the rounds' range as a whisker; a
+def ratios(rows: list[dict], title: str, path: Path) -> None:
+    """A bar per provider and case: how many times faster than the fastest eager code, the rounds' range as a whisker; a
     diamond where the released way is the yardstick."""
     shown = [row for row in rows if row["provider"] != row["eager"]]
     labels = [f"{row['op']}\n{row['variant']}" for row in shown]
@@ -30,7 +30,7 @@ def ratios(rows: list[dict], machine: dict, path: Path) -> None:
     axis.set_yticks(at, [label.replace("\n", ", ") for label in labels], fontsize=7)
     says = "times faster than the fastest eager code (bar: median, line: range) and than the released way (diamond)"
     axis.set_xlabel(says, fontsize=8, loc="right")
-    axis.set_title(f"{machine['device']}, commit {machine['commit'][:7]}", fontsize=9, loc="left")
+    axis.set_title(title, fontsize=9, loc="left")
     axis.set_xlim(0, max(max(row["eager_high"], row["ratio"]) for row in shown) * 1.25)
     axis.grid(axis="y", visible=False)
     save_figure(figure, path)
@@ -52,7 +52,7 @@ def memory_points(line: list[dict]) -> list[tuple[float, float]]:
 
 
 def scaling(points: list[dict], machine: dict, path: Path) -> dict[str, Path]:
-    """A picture an op, named after `path`: time and extra peak memory against each swept dimension, log-log.
+    """A picture per op, named after `path`: time and extra peak memory against each swept dimension, log-log.
 
     Ours is thick, the floor dashed; the legend gives the exponent each grows with.
     """
@@ -98,5 +98,6 @@ def _scaling_of(op: str, points: list[dict], machine: dict, path: Path) -> None:
         memory_axis.set_xlabel(along, fontsize=9)
     axes[0, 0].set_ylabel("ms", fontsize=9)
     axes[1, 0].set_ylabel("extra peak MiB", fontsize=9)
-    figure.suptitle(f"{op}: {machine['device']}, commit {machine['commit'][:7]}", fontsize=9)
+    commits = ", ".join(dict.fromkeys(point["commit"][:7] for point in points))
+    figure.suptitle(f"{op}: {machine['device']}, commit {commits}", fontsize=9)
     save_figure(figure, path)

@@ -1,60 +1,27 @@
 """RESULTS.md, its plots and the README's table, generated from bench/results/*.json; nothing in them is typed by hand.
 
-`python -m bench.report [FILE ...]` takes the newest file of each device by default. A row whose op has changed since
-the commit it was measured at is refused: it is listed by name instead of shown. `--check` writes nothing and exits
-with 1 if what is committed differs from what would be written.
+`python -m bench.report` looks up which ops have changed since they were measured (bench/results/changes.json), then
+writes. Nothing is dropped: a row whose op has changed says so. `--check` writes nothing, looks at no code, and exits
+with 1 if the committed pages are not what the committed JSON gives.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
 import json
-import subprocess
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-from bench import plots
+from bench import kernel_tables, plots, records
 from bench.harness import ROOT
+from bench.records import RESULTS, Changes, Run, case_of
+from soundwave_fast.errors import ArgumentParser, run_command
 
-RESULTS = ROOT / "bench" / "results"
 SCALING = RESULTS / "scaling"  # bench/sweep.py's
 MARKDOWN = ROOT / "bench" / "RESULTS.md"
+KERNELS = RESULTS / "aot.md"
 BEGIN, END = "<!-- results: begin (python -m bench.report) -->", "<!-- results: end -->"
-
-
-def load(path: Path) -> tuple[dict, list[dict]]:
-    """The machine and the rows of one pytest-benchmark JSON file.
-
-    Raises ValueError for a file that is not one.
-    """
-    try:
-        document = json.loads(path.read_text())
-        rows = [_row(entry) for entry in document["benchmarks"] if "op" in entry["extra_info"]]
-        return document["machine_info"], rows
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a results file of pytest-benchmark ({error!r})") from None
-
-
-def _quantile(ordered: list[float], share: float) -> float:
-    position = share * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def _row(entry: dict) -> dict:
-    samples = sorted(entry["stats"]["data"])
-    times = {f"p{q}": _quantile(samples, q / 100) for q in (20, 50, 80)}
-    return {**entry["extra_info"], **times, "test": entry["fullname"]}
-
-
-@functools.cache
-def stale(commit: str, files: tuple[str, ...]) -> bool:
-    """Whether one of the op's files differs from `commit` in the working tree (or the commit is unknown here)."""
-    done = subprocess.run(["git", "diff", "--quiet", commit, "--", *files], cwd=ROOT, capture_output=True)
-    return done.returncode != 0
 
 
 def _ms(seconds: float) -> str:
@@ -65,28 +32,38 @@ def _mib(row: dict) -> str:
     return "" if row.get("extra_peak_mib") is None else f"{row['extra_peak_mib']:.0f}"
 
 
-def _case(row: dict) -> tuple:
-    return row["op"], row["variant"], tuple(row["shape"].items())
-
-
 def _times_faster(row: dict, kind: str) -> str:
-    """"1.50 (1.40 ... 1.60)" against the fastest eager row ("eager_") or the baseline ("")."""
+    """ "1.50 (1.40 ... 1.60)" against the fastest eager row ("eager_") or the baseline ("")."""
     low, high = (row[f"{kind or 'ratio_'}{end}"] for end in ("low", "high"))
     return f"{row[f'{kind}ratio']:.2f} ({low:.2f} ... {high:.2f})"
 
 
-def table(rows: list[dict]) -> list[str]:
-    """One table an op: ratios first, then absolute times, memory and share of the floor."""
+def _measured(date: str, commit: str) -> str:
+    return f"{date}, `{commit[:7]}`"
+
+
+def _since(changes: Changes, row: dict) -> str:
+    return "changed" if changes.touch(row["commit"], row["files"], row["run"].is_gpu) else ""
+
+
+def table(rows: list[dict], runs: dict[Path, int], changes: Changes) -> list[str]:
+    """One table per op: ratios first, then times, memory, share of the floor, and when and how it was measured.
+
+    Args:
+        rows: of one device, as `records.newest_of_each_case` gives them.
+        runs: number of each run, by its file.
+    """
     lines: list[str] = []
     by_op = defaultdict(list)
     for row in rows:
         by_op[row["op"]].append(row)
-    for op, mine in by_op.items():
-        lines += [f"### {op}", ""]
+    for op, mine in sorted(by_op.items()):
+        files = " ".join(dict.fromkeys(row["test"].split("::")[0] for row in mine))
+        lines += [f"### {op}", "", f"Measured again by `pytest {files} --benchmark-only`.", ""]
         lines += [
             "| case | provider | times faster than the fastest eager row | than the baseline | p20 / p50 / p80 ms "
-            "| extra peak MiB | % of floor |",
-            "|---|---|---|---|---|---|---|",
+            "| extra peak MiB | % of floor | measured | run | op since |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         seen = None
         for row in mine:
@@ -96,7 +73,12 @@ def table(rows: list[dict]) -> list[str]:
             ratio = "baseline" if row["provider"] == row["baseline"] else _times_faster(row, "")
             times = " / ".join(_ms(row[name]) for name in ("p20", "p50", "p80"))
             floor = f"{100 * row['of_floor']:.0f} %" if "of_floor" in row else ""
-            lines.append(f"| {label} | {row['provider']} | {eager} | {ratio} | {times} | {_mib(row)} | {floor} |")
+            when = _measured(row["date"], row["commit"])
+            run, since = f"[{runs[row['run'].path]}](#runs)", _since(changes, row)
+            lines.append(
+                f"| {label} | {row['provider']} | {eager} | {ratio} | {times} | {_mib(row)} | {floor} "
+                f"| {when} | {run} | {since} |"
+            )
         lines.append("")
         notes = _notes(mine)
         lines += notes + [""] * bool(notes)
@@ -112,10 +94,10 @@ def _level(mine: dict, best: dict) -> str:
 
 
 def _notes(rows: list[dict]) -> list[str]:
-    """A line a case that has a note, or where something is faster than ours; and the rates of generation."""
+    """A line per case that has a note, or where something is faster than ours; and the rates of generation."""
     cases = defaultdict(dict)
     for row in rows:
-        cases[_case(row)][row["provider"]] = row
+        cases[case_of(row)][row["provider"]] = row
     lines = []
     for (_, variant, shape), providers in cases.items():
         mine = providers.get("ours")
@@ -141,30 +123,34 @@ def ours(rows: list[dict]) -> list[tuple[dict, dict | None]]:
     """(our row, the baseline's) of the first case of every op and variant: what the README shows."""
     cases, found = defaultdict(dict), {}
     for row in rows:
-        cases[_case(row)][row["provider"]] = row
+        cases[case_of(row)][row["provider"]] = row
     for (op, variant, _), providers in cases.items():
         mine = providers.get("ours")
         if mine is not None:
             found.setdefault((op, variant), (mine, providers.get(mine["baseline"])))
-    return list(found.values())
+    return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
 
-def headline(machine: dict, rows: list[dict], plot: str) -> list[str]:
-    """A line a case for the README: ours against the fastest eager code and the baseline, in time and memory."""
-    lines = [f"![ours against eager]({plot})", ""]
+def headline(device: str, rows: list[dict], changes: Changes) -> list[str]:
+    """A line per case for the README: ours against the fastest eager code and the baseline, in time and memory."""
+    lines = [f"![ours against eager](bench/results/{device}_ours.png)", ""]
     lines += [
-        "| op | case | times faster than the fastest eager code | than the baseline | MiB, ours / baseline |",
-        "|---|---|---|---|---|",
+        "| op | case | times faster than the fastest eager code | than the baseline | MiB, ours / baseline "
+        "| measured |",
+        "|---|---|---|---|---|---|",
     ]
     for mine, baseline in ours(rows):
         memory = "" if baseline is None or not _mib(mine) else f"{_mib(mine)} / {_mib(baseline)}"
         case = f"{mine['variant']}, " + " ".join(f"{k} {v}" for k, v in mine["shape"].items())
         eager, than = f"**{mine['eager_ratio']:.2f}** ({mine['eager']})", f"{mine['ratio']:.2f} ({mine['baseline']})"
-        lines.append(f"| `{mine['op']}` | {case} | {eager} | {than} | {memory} |")
+        since = "; op changed since" if _since(changes, mine) else ""
+        when = _measured(mine["date"], mine["commit"]) + since
+        lines.append(f"| `{mine['op']}` | {case} | {eager} | {than} | {memory} | {when} |")
+    machine = max((row["run"] for row in rows), key=lambda run: run.date).machine
     where = f"{machine['device']}, {machine['threads']} threads, torch {machine['versions'].get('torch', '?')}"
-    note = "forward and backward but for hearing, `linear_argmax` and `generate`; every row, with spread, peers and "
-    note += "where ours is slower"
-    lines += ["", f"Measured on {where}, commit `{machine['commit'][:7]}`: {note}: `bench/RESULTS.md`."]
+    note = "forward and backward but for hearing, `linear_argmax` and `generate`; every row, with command, spread,"
+    note += " peers and where ours is slower"
+    lines += ["", f"Measured on {where}: {note}: [bench/RESULTS.md](bench/RESULTS.md)."]
     points = SCALING / f"{'cuda' if 'cuda' in machine else 'cpu'}.json"
     if points.exists():  # its plots are drawn after this
         picture = points.with_name(f"{points.stem}_linear_ctc_loss.png").relative_to(ROOT)
@@ -172,8 +158,35 @@ def headline(machine: dict, rows: list[dict], plot: str) -> list[str]:
     return lines
 
 
-def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, list[dict]]]]:
-    """RESULTS.md's text, the README's block (of the first file) and the rows kept of each file."""
+def _runs(runs: list[Run]) -> list[str]:
+    """The runs that the rows come from: machine, versions and the whole command of each."""
+    lines = ["## Runs", "", "| run | date | commit | machine | versions | command |", "|---|---|---|---|---|---|"]
+    for number, run in enumerate(runs, 1):
+        machine = run.machine
+        commit = f"`{machine['commit']}`{' with uncommitted changes' if machine['dirty'] else ''}"
+        where = f"{machine['device']}, {machine['threads']} threads of {machine['cpu_count']}"
+        versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+        lines.append(f"| {number} | {run.date} | {commit} | {where} | {versions} | `{run.command}` |")
+    return [*lines, ""]
+
+
+def compose(paths: list[Path], changes: Changes) -> tuple[str, str | None, dict[str, list[dict]]]:
+    """Everything that is shown of pytest-benchmark's files.
+
+    Args:
+        paths: the files; of each case the newest counts.
+        changes: what to say of ops that changed.
+
+    Returns:
+        RESULTS.md's text, the README's block (of the first device, GPUs first) and the rows of each device.
+
+    Raises:
+        ValueError: a file that is no results file.
+    """
+    devices = records.newest_of_each_case(paths)
+    runs = list({row["run"].path: row["run"] for rows in devices.values() for row in rows}.values())
+    numbers = {run.path: number for number, run in enumerate(runs, 1)}
+    looked = f" Looked up on {_measured(changes.date, changes.commit)}." if changes.date else ""
     lines = [
         "# Results",
         "",
@@ -184,54 +197,45 @@ def compose(paths: list[Path]) -> tuple[str, str | None, list[tuple[Path, dict, 
         "(`soundwave_fast/cost_model.py`) over the median. On a CPU freed memory is kept, large tensors lie in huge",
         "pages, and the first case of an op alone has compiled rows (`bench/harness.py` says why).",
         "",
-        *([] if any(is_gpu(path) for path in paths) else ["**No GPU row exists yet.**", ""]),
+        "A figure is a record of its commit. Where code that it depends on is another now (comments aside), the last",
+        f"column says so: the figure stands, but was not measured on today's code.{looked}",
+        "",
+        *([] if any(run.is_gpu for run in runs) else ["**No GPU row exists yet.**", ""]),
+        *_runs(runs),
     ]
-    block, kept = None, []
-    for path in paths:
-        machine, rows = load(path)
-        fresh = [row for row in rows if not stale(machine["commit"], tuple(row["files"]))]
-        gone = sorted({f"{row['op']} {row['variant']}" for row in rows if row not in fresh})
-        name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-        versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-        lines += [
-            f"## {machine['device']}",
-            "",
-            f"Commit `{machine['commit']}`{' with uncommitted changes' if machine['dirty'] else ''}, "
-            f"{machine['threads']} threads of {machine['cpu_count']}, {versions}. "
-            f"`{' '.join(machine['command'])} --benchmark-json={name}`",
-            "",
-        ]
-        if fresh:
-            lines += [f"![{machine['device']}](results/{path.stem}.png)", ""]
-        lines += table(fresh)
-        if gone:
-            lines += ["Refused, because the op has changed since: " + "; ".join(gone) + ".", ""]
-        block = block or "\n".join(headline(machine, fresh, f"bench/results/{path.stem}_ours.png"))
-        kept.append((path, machine, fresh))
+    block = None
+    for device, rows in devices.items():
+        title = f"{rows[0]['run'].machine['device']}"
+        lines += [f"## {title}", "", f"![{title}](results/{device}.png)", ""]
+        lines += table(rows, numbers, changes)
+        block = block or "\n".join(headline(device, rows, changes))
     for path in sorted(SCALING.glob("*.json")):
-        lines += scaling(path)[0]
-    return "\n".join(lines), block, kept
+        lines += scaling(path, changes)
+    if (document := records.aot_record()) is not None:
+        lines += compiled(document, changes)
+    return "\n".join(lines), block, devices
 
 
-def scaling(path: Path) -> tuple[list[str], list[dict]]:
-    """RESULTS.md's section on a file of bench/sweep.py, and the points that still count."""
+def scaling(path: Path, changes: Changes) -> list[str]:
+    """RESULTS.md's section on a file of bench/sweep.py."""
     document = json.loads(path.read_text())
     machine, points = document["machine"], document["points"]
-    fresh = [point for point in points if not stale(point["commit"], tuple(point["files"]))]
-    commits = ", ".join(sorted({f"`{point['commit']}`" for point in fresh}))
     lines = [
         f"## Scaling on {machine['device']}",
         "",
-        f"Commit {commits}, {machine['threads']} threads, `python -m bench.sweep`.",
+        f"{machine['threads']} threads, `python -m bench.sweep`.",
         "One dimension grows, the others stay at the shape of the tables above; time and memory grow with the power",
         "given, fitted on logarithmic axes.",
         "",
-        "| op | along | provider | ms, least ... most | time ~ | extra peak MiB, least ... most | memory ~ |",
-        "|---|---|---|---|---|---|---|",
+        "| op | along | provider | ms, least ... most | time ~ | extra peak MiB, least ... most | memory ~ | measured "
+        "| op since |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for op, along in dict.fromkeys((point["op"], point["along"]) for point in fresh):
-        here = [point for point in fresh if (point["op"], point["along"]) == (op, along)]
+    for op, along in dict.fromkeys((point["op"], point["along"]) for point in points):
+        here = [point for point in points if (point["op"], point["along"]) == (op, along)]
         values = f"{op} | {along} {min(p['value'] for p in here)} ... {max(p['value'] for p in here)}"
+        when = "; ".join(dict.fromkeys(_measured(p["date"], p["commit"]) for p in here))
+        since = "changed" if any(changes.touch(p["commit"], p["files"], "cuda" in machine) for p in here) else ""
         for provider in (here[0]["baseline"], "ours"):
             line = sorted((p for p in here if p["provider"] == provider), key=lambda p: p["value"])
             grows = plots.exponent([(p["value"], p["seconds"]) for p in line])
@@ -239,26 +243,29 @@ def scaling(path: Path) -> tuple[list[str], list[dict]]:
             peaks = f"{memory[0][1]:.0f} ... {memory[-1][1]:.0f}" if memory else ""
             power = f"{along}^{plots.exponent(memory):.2f}" if memory else ""
             times = f"{_ms(line[0]['seconds'])} ... {_ms(line[-1]['seconds'])}"
-            lines.append(f"| {values} | {provider} | {times} | {along}^{grows:.2f} | {peaks} | {power} |")
+            lines.append(
+                f"| {values} | {provider} | {times} | {along}^{grows:.2f} | {peaks} | {power} | {when} | {since} |"
+            )
             values = " | "
-    gone = sorted({point["op"] for point in points if point not in fresh})
-    if gone:
-        lines += ["", "Refused, because the op has changed since: " + "; ".join(gone) + "."]
-    for op in dict.fromkeys(point["op"] for point in fresh):
+    for op in dict.fromkeys(point["op"] for point in points):
         lines += ["", f"![{op}](results/scaling/{path.stem}_{op.split()[0]}.png)"]
-    return [*lines, ""], fresh
+    return [*lines, ""]
 
 
-def is_gpu(path: Path) -> bool:
-    return "cpu" not in path.name
-
-
-def newest() -> list[Path]:
-    """The newest results file of every device (names are <device>_<date>_<commit>.json), GPUs first."""
-    latest: dict[str, Path] = {}
-    for path in sorted(RESULTS.glob("*.json"), key=lambda path: json.loads(path.read_text())["datetime"]):
-        latest[path.name.split("_")[0]] = path
-    return sorted(latest.values(), key=lambda path: (not is_gpu(path), path.name))
+def compiled(document: dict, changes: Changes) -> list[str]:
+    """RESULTS.md's section on bench/aot.py's record."""
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    since = changes.touch(document["commit"], document["files"])
+    return [
+        "## Kernels compiled ahead of time",
+        "",
+        f"{_measured(document['date'], document['commit'])}, {versions}, `{document['command']}`"
+        f"{'; kernels have changed since' if since else ''}. Compiled, not run: no chip is needed for it. Every kernel",
+        "and variant is in [results/aot.md](results/aot.md).",
+        "",
+        *kernel_tables.summary(document),
+        "",
+    ]
 
 
 def with_block(readme: str, block: str) -> str:
@@ -269,38 +276,67 @@ def with_block(readme: str, block: str) -> str:
     return before + BEGIN + "\n" + block + "\n" + END + rest.split(END, 1)[1]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.report", description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
-    parser.add_argument("--check", action="store_true")
+def _figures(paths: list[Path]) -> list[tuple[str, list[str]]]:
+    """(commit, files) of every figure there is."""
+    found = [(row["commit"], row["files"]) for rows in records.newest_of_each_case(paths).values() for row in rows]
+    for path in SCALING.glob("*.json"):
+        found += [(point["commit"], point["files"]) for point in json.loads(path.read_text())["points"]]
+    if (document := records.aot_record()) is not None:
+        found.append((document["commit"], document["files"]))
+    return found
+
+
+def _pages(paths: list[Path], changes: Changes) -> tuple[dict[Path, str], dict[str, list[dict]]]:
+    """Text of every generated page, by its path, and the rows of each device."""
+    text, block, devices = compose(paths, changes)
+    readme = ROOT / "README.md"
+    pages = {MARKDOWN: text, readme: with_block(readme.read_text(), block or "")}
+    if (document := records.aot_record()) is not None:
+        pages[KERNELS] = kernel_tables.table(document)
+    return pages, devices
+
+
+def _body(argv: list[str]) -> int:
+    parser = ArgumentParser(prog="bench.report", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="[all of bench/results]")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something would change")
     args = parser.parse_args(argv)
-    paths = [path.resolve() for path in args.files] or newest()
+    paths = [path.resolve() for path in args.files] or records.result_files()
     if not paths:
         print("report: no results in bench/results; run pytest bench/ --benchmark-only --benchmark-json=FILE")
         return 2
-    try:
-        text, block, kept = compose(paths)
-    except (OSError, ValueError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    readme = ROOT / "README.md"
-    wanted = {MARKDOWN: text, readme: with_block(readme.read_text(), block)}
     if args.check:
-        wrong = [path.name for path, content in wanted.items() if not path.exists() or path.read_text() != content]
+        pages, _ = _pages(paths, records.changes())
+        wrong = [path.name for path, content in pages.items() if not path.exists() or path.read_text() != content]
         if wrong:
             print(f"report: {', '.join(wrong)} differ from bench/results: run python -m bench.report")
         return int(bool(wrong))
-    for path, content in wanted.items():
-        path.write_text(content)
-    for path, machine, rows in kept:
-        if rows:
-            plots.ratios(rows, machine, RESULTS / f"{path.stem}.png")
-            plots.ratios([mine for mine, _ in ours(rows)], machine, RESULTS / f"{path.stem}_ours.png")
+    found = records.look_at_changes(_figures(paths))
+    if found is None:
+        print("report: git cannot say what has changed since; changes.json stays as it was", file=sys.stderr)
+    changes = found or records.changes()
+    pages, devices = _pages(paths, changes)
+    if found is not None:
+        records.write(found)
+    for path, content in pages.items():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(content)
+        os.replace(temporary, path)
+    for device, rows in devices.items():
+        commits = ", ".join(dict.fromkeys(row["commit"][:7] for row in rows))
+        title = f"{rows[0]['run'].machine['device']}, commit {commits}"
+        plots.ratios(rows, title, RESULTS / f"{device}.png")
+        plots.ratios([mine for mine, _ in ours(rows)], title, RESULTS / f"{device}_ours.png")
     for path in sorted(SCALING.glob("*.json")):
-        if points := scaling(path)[1]:
-            plots.scaling(points, json.loads(path.read_text())["machine"], path)
-    print(f"wrote {MARKDOWN.relative_to(ROOT)}: {sum(len(rows) for _, _, rows in kept)} rows of {len(kept)} machines")
+        document = json.loads(path.read_text())
+        if document["points"]:
+            plots.scaling(document["points"], document["machine"], path)
+    print(f"wrote {MARKDOWN.relative_to(ROOT)}: {sum(map(len, devices.values()))} rows of {len(devices)} machines")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("report", _body, argv)
 
 
 if __name__ == "__main__":

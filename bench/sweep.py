@@ -7,22 +7,23 @@ again, and draws <device>_<op>.png beside it. `python -m bench.report` puts the 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import datetime
 import importlib
 import json
 import os
+import re
 import statistics
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from bench import harness, plots
+from bench import harness, plots, records
 from bench.conformance import nonconforming
 from bench.machine import describe_machine
-from bench.report import stale
 from soundwave_fast import cost_model
+from soundwave_fast.errors import ArgumentParser, run_command
 
 RESULTS = harness.ROOT / "bench" / "results" / "scaling"
 
@@ -33,8 +34,12 @@ def modules() -> list[str]:
     return [f"bench.{name}" for name in names if hasattr(importlib.import_module(f"bench.{name}"), "SWEEP")]
 
 
-def _points(module: str, along: str, value: int, case: harness.Case, memory: bool, commit: str) -> list[dict]:
-    """The providers at one value. Raises ValueError where one's results are not the baseline's."""
+def _points(module: str, along: str, value: int, case: harness.Case, memory: bool, machine: dict) -> list[dict]:
+    """The providers at one value.
+
+    Raises:
+        ValueError: a provider's results are not the baseline's.
+    """
     measured = harness.measure(case)
     for provider, difference in measured.difference.items():
         if difference > case.budget:
@@ -46,7 +51,9 @@ def _points(module: str, along: str, value: int, case: harness.Case, memory: boo
     return [
         {
             "op": f"{case.op} {case.variant}",
-            "commit": commit,
+            "date": datetime.date.today().isoformat(),
+            "commit": machine["commit"],
+            "versions": machine["versions"],
             "files": case.files,
             "baseline": next(iter(measured.seconds)),
             "along": along,
@@ -68,24 +75,30 @@ def _write(path: Path, document: dict) -> None:
     os.replace(temporary, path)
 
 
-def _kept(path: Path, machine: dict, memory: bool) -> list[dict]:
-    """Points of an earlier call on this machine whose op is still the same, so that a sweep can be stopped and given
-    again, or be repeated for one op."""
-    if not path.exists():
-        return []
-    document = json.loads(path.read_text())
-    if any(document["machine"].get(key) != machine[key] for key in ("device", "threads", "versions")):
-        return []
-    return [
-        point
-        for point in document["points"]
-        if not stale(point["commit"], tuple(point["files"]))
-        and (not memory or point["extra_peak_mib"] is not None or not harness.has_memory_row(point["provider"]))
-    ]
+def _file(folder: Path, machine: dict) -> Path:
+    """<type>.json, or <type>-<name of the device>.json where the first holds another device's points."""
+    path = folder / f"{harness.device().type}.json"
+    if path.exists():
+        other = json.loads(path.read_text())["machine"]
+        if any(other[key] != machine[key] for key in ("device", "threads")):
+            name = f"{machine['device']} {machine['threads']} threads"
+            return folder / f"{path.stem}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    return path
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.sweep", description=__doc__)
+def _key(point: dict) -> tuple:
+    return point["op"], point["along"], point["value"]
+
+
+def _still_holds(point: dict, machine: dict, memory: bool) -> bool:
+    """Whether a point need not be measured again: same code, same versions, and its memory is known if wanted."""
+    if point["versions"] != machine["versions"] or records.changed(point["commit"], tuple(point["files"])) != ():
+        return False
+    return not memory or point["extra_peak_mib"] is not None or not harness.has_memory_row(point["provider"])
+
+
+def _run(argv: list[str]) -> int:
+    parser = ArgumentParser(prog="bench.sweep", description=__doc__)
     names = modules()
     parser.add_argument("--only", nargs="+", choices=[name.removeprefix("bench.bench_") for name in names])
     parser.add_argument("--rounds", type=int, default=3)
@@ -97,9 +110,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
     machine = describe_machine()
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{harness.device().type}.json"
-    document = {"machine": machine, "points": _kept(path, machine, not args.no_memory)}
-    done = {(p["op"], p["along"], p["value"]) for p in document["points"]}
+    path = _file(args.out, machine)
+    # Points whose op has changed stay until they are measured again, so that one call may be about one op.
+    document = {"machine": machine, "points": json.loads(path.read_text())["points"] if path.exists() else []}
+    wanting = {_key(p) for p in document["points"] if not _still_holds(p, machine, not args.no_memory)}
+    done = set(map(_key, document["points"])) - wanting
     todo = [
         (name, along, value, dataclasses.replace(case, rounds=args.rounds))
         for name in names
@@ -113,17 +128,20 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     try:
         for name, along, value, case in tqdm(todo, unit="point", disable=not sys.stderr.isatty()):
-            document["points"] += _points(name, along, value, case, not args.no_memory, machine["commit"])
+            new = _points(name, along, value, case, not args.no_memory, machine)
+            document["points"] = [p for p in document["points"] if _key(p) != _key(new[0])] + new
             _write(path, document)
     except ValueError as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
     pictures = plots.scaling(document["points"], machine, path)
     print(f"wrote {path} and {len(pictures)} plots beside it: {len(document['points'])} points")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 where an op's results are wrong; else the exit code is `run_command`'s."""
+    return run_command("sweep", _run, argv, interrupted="interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,23 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton is imported
 
 from bench.interpreter import interpreter_error
+from tests import deprecations
+from tests.interpreted import round_products_once, use_other_sizes
+
+deprecations.install()
 
 
-def pytest_configure() -> None:
-    if os.environ["TRITON_INTERPRET"] == "1" and (error := interpreter_error()):
-        raise pytest.UsageError(error)  # once, not test by test
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tuned", action="store_true", help="kernels run with other sizes than their defaults")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ["TRITON_INTERPRET"] == "1":
+        if error := interpreter_error():
+            raise pytest.UsageError(error)  # once, not test by test
+        round_products_once()
+    if config.getoption("--tuned"):
+        use_other_sizes()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

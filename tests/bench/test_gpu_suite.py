@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import torch
 
-from bench import gpu_suite, harness, interpreter, profile_step, report, suite_steps, tune
+from bench import gpu_suite, harness, interpreter, profile_step, records, suite_steps, tune
 from bench.suite_tunables import TUNABLES, Tunable
 from csrc_triton import tuning
 
@@ -37,7 +37,7 @@ def test_dry_run_leaves_everything(tmp_path):
     assert not any(result["out"] for result in document["tuned"].values()), "a candidate was refused"
     tuning.check(json.loads((tmp_path / "tune" / "tuned.json").read_text()))
     (results,) = tmp_path.glob("*_*_*.json")
-    assert len(report.load(results)[1]) == len(document["rows"])
+    assert len(records.load(results)[1]) == len(document["rows"])
     assert "== tuned: " in done.stdout
 
 

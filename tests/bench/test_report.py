@@ -1,17 +1,20 @@
-"""RESULTS.md and the README's block: ratios first, rows of another state refused, nothing typed by hand."""
+"""RESULTS.md and the README's block: ratios first, every figure dated, none dropped, nothing typed by hand."""
 
 import json
 import subprocess
 
 import pytest
 
-from bench import compare, report
+from bench import compare, kernel_tables, records, report
+from bench.records import Changes
+
+NOTHING = Changes("", "", {})
 
 
-def results(commit: str, files: list[str], day: int = 1) -> dict:
-    def row(provider, seconds, ratio, mib):
+def results(commit: str, files: list[str], day: int = 1, ours: float = 0.1, ops: tuple = ("ctc_loss",)) -> dict:
+    def row(op, provider, seconds, ratio, mib):
         info = {
-            "op": "ctc_loss",
+            "op": op,
             "variant": "fp32",
             "shape": {"B": 8, "T": 150},
             "provider": provider,
@@ -27,30 +30,73 @@ def results(commit: str, files: list[str], day: int = 1) -> dict:
             "extra_peak_mib": mib,
             "of_floor": 0.5,
         }
-        return {"fullname": f"test[{provider}]", "extra_info": info, "stats": {"data": [seconds] * 5}}
+        stats = {"data": [seconds] * 5}
+        return {"fullname": f"bench/bench_{op}.py::test[{provider}]", "extra_info": info, "stats": stats}
 
     machine = {"commit": commit, "dirty": False, "device": "CPU X", "threads": 2, "cpu_count": 2}
     machine |= {"versions": {"torch": "2.13.0"}, "command": ["pytest", "bench/", "-k", "ctc"]}
-    rows = [row("eager", 0.2, 1.0, 80.0), row("padded", 0.16, 1.25, 80.0), row("ours", 0.1, 2.0, 8.0)]
-    return {"machine_info": machine, "benchmarks": rows, "datetime": f"2026-01-0{day}"}
+    rows = [
+        row(op, *figures)
+        for op in ops
+        for figures in (
+            ("eager", 0.2, 1.0, 80.0),
+            ("padded", 0.16, 1.25, 80.0),
+            ("ours", ours, 0.2 / ours, 8.0),
+        )
+    ]
+    return {"machine_info": machine, "benchmarks": rows, "datetime": f"2026-01-0{day}T10:00:00"}
+
+
+def written(folder, name: str, *given, **more):
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(results(*given, **more)))
+    return path
 
 
 def test_report_shows_the_ratio_first(tmp_path):
-    path = tmp_path / "cpu_2026_abc.json"
-    path.write_text(json.dumps(results("HEAD", ["LICENSE"])))
-    text, block, kept = report.compose([path])
-    assert "| ours | **1.60 (1.50 ... 1.70)** | 2.00 (1.90 ... 2.10) | 100 / 100 / 100 | 8 | 50 % |" in text
+    path = written(tmp_path, "cpu_2026_abc", "abcdef0123", ["LICENSE"])
+    text, block, devices = report.compose([path], NOTHING)
+    ours = "| ours | **1.60 (1.50 ... 1.70)** | 2.00 (1.90 ... 2.10) | 100 / 100 / 100 | 8 | 50 % "
+    assert ours + "| 2026-01-01, `abcdef0` | [1](#runs) |  |" in text
     assert "| padded | fastest eager | 1.25 (1.15 ... 1.35) |" in text and "| eager | **0.80" in text
-    assert "| `ctc_loss` | fp32, B 8 T 150 | **1.60** (padded) | 2.00 (eager) | 8 / 80 |" in block
-    assert "No GPU row exists yet" in text and "`pytest bench/ -k ctc --benchmark-json=cpu_2026_abc.json`" in text
-    assert len(kept[0][2]) == 3
+    assert (
+        "| `ctc_loss` | fp32, B 8 T 150 | **1.60** (padded) | 2.00 (eager) | 8 / 80 | 2026-01-01, `abcdef0` |" in block
+    )
+    assert "No GPU row exists yet" in text and len(devices["cpu"]) == 3
 
 
-def test_report_refuses_rows_of_another_state(tmp_path):
-    path = tmp_path / "cpu_2026_abc.json"
-    path.write_text(json.dumps(results("0" * 40, ["LICENSE"])))  # a commit nobody has
-    text, _, kept = report.compose([path])
-    assert kept[0][2] == [] and "Refused" in text and "(1.90 ... 2.10)" not in text
+def test_every_row_leads_to_its_machine_and_command(tmp_path):
+    text, _, _ = report.compose([written(tmp_path, "cpu_2026_abc", "abcdef0123", ["LICENSE"])], NOTHING)
+    command = "`pytest bench/ -k ctc --benchmark-json=cpu_2026_abc.json`"
+    assert f"| 1 | 2026-01-01 | `abcdef0123` | CPU X, 2 threads of 2 | torch 2.13.0 | {command} |" in text
+    assert "### ctc_loss\n\nMeasured again by `pytest bench/bench_ctc_loss.py --benchmark-only`." in text
+
+
+def test_a_row_whose_op_changed_stays_and_says_so(tmp_path):
+    path = written(tmp_path, "cpu_2026_abc", "abcdef0123", ["op.py", "kernels", "csrc_triton"])
+    before = report.compose([path], NOTHING)
+    for name in ("op.py", "kernels/a.py"):
+        changes = Changes("2026-02-01", "fedcba9876", {"abcdef0123": [name]})
+        text, block, devices = report.compose([path], changes)
+        assert text.count("| [1](#runs) | changed |") == 3 and devices == before[2]
+        assert "`abcdef0`; op changed since |" in block and "Looked up on 2026-02-01, `fedcba9`." in text
+    kernels = ["csrc_triton/splice/forward.py"]  # which a CPU does not run
+    for other in ({"abcdef0123": ["other.py", "kernels2/a.py"]}, {"another": ["op.py"]}, {"abcdef0123": kernels}):
+        assert "| changed |" not in report.compose([path], Changes("2026-02-01", "f", other))[0]
+    path = written(tmp_path, "h100_2026_abc", "abcdef0123", ["csrc_triton"])
+    assert "| changed |" in report.compose([path], Changes("2026-02-01", "f", {"abcdef0123": kernels}))[0]
+
+
+def test_a_run_of_one_op_leaves_the_others_standing(tmp_path):
+    old = written(tmp_path, "cpu_2026-01-01_aaa", "a" * 40, ["x"], ops=("splice", "ctc_loss"))
+    new = written(tmp_path, "cpu_2026-01-02_bbb", "b" * 40, ["x"], day=2, ours=0.05, ops=("ctc_loss",))
+    gpu = written(tmp_path, "h100_2026-01-01_ccc", "c" * 40, ["x"])
+    devices = records.newest_of_each_case([new, gpu, old])
+    assert list(devices) == ["h100", "cpu"]
+    assert {(row["op"], row["commit"][0]) for row in devices["cpu"]} == {("splice", "a"), ("ctc_loss", "b")}
+    text, block, _ = report.compose([old, new, gpu], NOTHING)
+    assert "No GPU row" not in text and "`ccccccc`" in block, "the README's block is the GPU's"
+    assert text.count("-k ctc --benchmark-json=") == 3
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"benchmarks": []}'])
@@ -67,26 +113,45 @@ def test_readme_block_is_replaced():
     assert report.with_block("no markers", "new") == "no markers"
 
 
-def test_a_row_is_stale_when_its_files_changed(tmp_path, monkeypatch):
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository of two files, which bench looks into; call it with git's arguments."""
+
     def git(*arguments):
         identity = ["-c", "user.name=x", "-c", "user.email=x@y"]
         done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     git("init", "-q")
-    for name in ("op.py", "other.py"):
-        (tmp_path / name).write_text("1\n")
+    (tmp_path / "kernels").mkdir()
+    for name in ("op.py", "kernels/a.py"):
+        (tmp_path / name).write_text('"""What it is."""\n\n\ndef f(x):\n    return x + 1\n')
     git("add", "-A")
     git("commit", "-qm", "one")
-    commit = git("rev-parse", "HEAD")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    (tmp_path / "other.py").write_text("2\n")
-    report.stale.cache_clear()
-    assert not report.stale(commit, ("op.py",)) and report.stale(commit, ("op.py", "other.py"))
-    git("commit", "-qam", "two")
-    report.stale.cache_clear()
-    assert not report.stale(commit, ("op.py",)) and report.stale(commit, ("other.py",))
-    report.stale.cache_clear()
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    records.changed.cache_clear()
+    yield git
+    records.changed.cache_clear()
+
+
+def test_code_that_changed_is_found_in_the_working_tree_and_in_commits(checkout, tmp_path):
+    commit = checkout("rev-parse", "HEAD")
+    (tmp_path / "kernels" / "a.py").write_text('"""What it is."""\n\n\ndef f(x):\n    return x + 2\n')
+    assert records.changed(commit, ("op.py",)) == ()
+    assert records.changed(commit, ("op.py", "kernels")) == ("kernels/a.py",)
+    checkout("commit", "-qam", "two")
+    (tmp_path / "op.py").unlink()
+    found = records.look_at_changes([(commit, ["op.py"]), (commit, ["kernels"])])
+    assert found.files == {commit: ["kernels/a.py", "op.py"]} and found.commit == checkout("rev-parse", "HEAD")
+    assert records.look_at_changes([("0" * 40, ["op.py"])]) is None, "a commit nobody has"
+
+
+def test_comments_docstrings_and_layout_are_no_change(checkout, tmp_path):
+    commit = checkout("rev-parse", "HEAD")
+    (tmp_path / "op.py").write_text(
+        '"""Otherwise said."""\n\n\ndef f(x):\n    """Adds."""\n    return (x + 1)  # why\n'
+    )
+    assert records.changed(commit, ("op.py",)) == ()
 
 
 def rows(**ratios: float) -> list[dict]:
@@ -116,26 +181,44 @@ def test_what_is_slower_is_said():
     assert report._notes(noted) == ["- right, B 8: why."]
 
 
-def test_rates_of_generation_are_told():
+def test_rates_of_generation_are_reported():
     generated = rows(eager=1.0, ours=2.0)
     generated[1] |= {"tokens_per_second": 40.04, "first_token_seconds": 0.25, "real_time_factor": 0.0625}
     (line,) = report._notes(generated)
     assert line == "- right, B 8: ours 40.0 new tokens/s, the first after 250 ms, real-time factor 0.062."
 
 
-def test_the_newest_file_of_a_device_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    for name, day in (("cpu_2026-01-01_bbb", 1), ("cpu_2026-01-01_aaa", 2), ("h100_2026-01-01_ccc", 1)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(results("HEAD", ["LICENSE"], day)))
-    assert [path.stem for path in report.newest()] == ["h100_2026-01-01_ccc", "cpu_2026-01-01_aaa"]
-
-
-def test_what_is_committed_is_what_would_be_generated(capsys):
-    for path in report.newest():
-        commit = report.load(path)[0]["commit"]
-        if subprocess.run(["git", "cat-file", "-e", commit], cwd=report.ROOT, capture_output=True).returncode:
-            pytest.skip(f"a shallow checkout: commit {commit[:7]} is not in it")
+def test_what_is_committed_is_what_the_committed_json_gives(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_check_looks_at_no_code(monkeypatch, capsys):
+    """Whatever has changed since, the committed pages stay what the committed JSON gives."""
+
+    def never(*_):
+        raise AssertionError("code was looked at")
+
+    for name in ("_git", "changed", "look_at_changes"):
+        monkeypatch.setattr(records, name, never)
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def kernel(name="k", target="sm_90", registers=64, spilled=0, shared=1024, matrix=""):
+    sizes = {"registers": registers, "spill_bytes": spilled, "shared_bytes": shared, "warps": 4, "stages": 2}
+    return {"name": name, "variant": "float32", "target": target, **sizes, "matrix": matrix}
+
+
+def test_compiled_kernels_are_shown_with_their_limits():
+    document = {"date": "2026-01-01", "commit": "abcdef0123", "dirty": False, "versions": {"triton": "3.7"}}
+    document |= {"command": "make aot", "files": ["csrc_triton"], "spill_bytes": 64}
+    document["shared_limits"] = {"sm_86": 101376, "sm_90": 232448}
+    document["kernels"] = [kernel(matrix="wgmma"), kernel(target="sm_86", shared=101377), kernel("l", spilled=65)]
+    text = kernel_tables.table(document)
+    assert "| k | float32 | 4 | 2 | **64 / 0 / 99** | 64 / 0 / 1 wgmma |" in text
+    assert "| l | float32 | 4 | 2 | n/a | **64 / 65 / 1** |" in text
+    assert "| sm_90 | 2 | 64 | 65 (64) | 1 (227) | wgmma |" in report.compiled(document, NOTHING)
+    said = "\n".join(report.compiled(document, Changes("", "", {"abcdef0123": ["csrc_triton/splice/forward.py"]})))
+    assert "kernels have changed since" in said and "2026-01-01, `abcdef0`" in said
 
 
 @pytest.mark.slow

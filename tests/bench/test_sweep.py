@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from bench import harness, plots, report, sweep
+from bench import harness, plots, records, report, sweep
 
 
 def sleeper(power: float, unit: float):
@@ -57,21 +57,19 @@ def test_a_sweep_finds_how_its_providers_grow(toy, tmp_path, monkeypatch, capsys
     assert grows["eager"] == pytest.approx(2, abs=0.3) and grows["ours"] == pytest.approx(1, abs=0.3)
     assert (tmp_path / f"{path.stem}_toy.png").stat().st_size > 10_000
 
-    monkeypatch.setattr(report, "stale", lambda commit, files: False)
-    lines, fresh = report.scaling(path)
-    assert fresh == points
+    lines = report.scaling(path, records.Changes("", "", {}))
     eager, ours = (line for line in lines if line.startswith("|") and ("eager" in line or "ours" in line))
     assert eager.startswith("| toy sleeps | T 1 ... 4 | eager |") and "T^2." in eager.replace("T^1.9", "T^2.")
-    assert "T^1." in ours.replace("T^0.9", "T^1.")
+    assert "T^1." in ours.replace("T^0.9", "T^1.") and ours.endswith("` |  |")
     assert f"![toy sleeps](results/scaling/{path.stem}_toy.png)" in lines
 
-    monkeypatch.setattr(report, "stale", lambda commit, files: "bench/harness.py" in files)
-    lines, fresh = report.scaling(path)
-    assert not fresh and any("Refused" in line and "toy sleeps" in line for line in lines)
+    changes = records.Changes("2026-01-01", "abc", {points[0]["commit"]: ["bench/harness.py"]})
+    eager, ours = (x for x in report.scaling(path, changes) if x.startswith("|") and ("eager" in x or "ours" in x))
+    assert eager.endswith("| changed |") and ours.endswith("| changed |"), "it stays, and says so"
 
 
 def test_a_sweep_that_was_stopped_goes_on(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "stale", lambda commit, files: False)
+    monkeypatch.setattr(records, "changed", lambda commit, files: ())
     given = ["--rounds", "1", "--no-memory", "--no-conformance", "--out", str(tmp_path)]
     measure, seen = harness.measure, []
 
@@ -88,10 +86,33 @@ def test_a_sweep_that_was_stopped_goes_on(toy, tmp_path, monkeypatch):
     path = tmp_path / f"{harness.device().type}.json"
     assert len(json.loads(path.read_text())["points"]) == 6
     assert sweep.main(given) == 0 and len(seen) == 4, "nothing left to do"
-    monkeypatch.setattr(sweep, "stale", lambda commit, files: True)  # the op has changed
+    monkeypatch.setattr(records, "changed", lambda commit, files: files)  # the op has changed
     monkeypatch.setattr(harness, "_measured", {})
-    assert sweep.main(given) == 0 and seen[4:] == [1, 2, 4]
+    before = json.loads(path.read_text())["points"]
+
+    def stops_at_2(case):
+        seen.append(case.shape["T"])
+        if case.shape["T"] == 2 and len(seen) == 6:
+            raise KeyboardInterrupt
+        return measure(case)
+
+    monkeypatch.setattr(harness, "measure", stops_at_2)
+    assert sweep.main(given) == 130
+    points = json.loads(path.read_text())["points"]
+    assert len(points) == 6, "what is to be measured again stays until it is"
+    assert [p for p in points if p["value"] > 1] == [p for p in before if p["value"] > 1]
+    assert sweep.main(given) == 0 and seen[4:] == [1, 2, 1, 2, 4]
     assert len(json.loads(path.read_text())["points"]) == 6
+
+
+def test_points_of_another_device_are_left_alone(toy, tmp_path, monkeypatch):
+    given = ["--rounds", "1", "--no-memory", "--no-conformance", "--out", str(tmp_path)]
+    assert sweep.main(given) == 0
+    real = sweep.describe_machine
+    monkeypatch.setattr(sweep, "describe_machine", lambda: {**real(), "device": "Another CPU!", "threads": 3})
+    assert sweep.main(given) == 0
+    kind = harness.device().type
+    assert {path.name for path in tmp_path.glob("*.json")} == {f"{kind}.json", f"{kind}-another-cpu-3-threads.json"}
 
 
 def test_a_sweep_of_wrong_results_stops(toy, tmp_path, capsys):

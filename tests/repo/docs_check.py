@@ -6,13 +6,14 @@ README.md's file map, between `<!-- file map -->` and `<!-- /file map -->`, from
 
 from __future__ import annotations
 
-import argparse
 import ast
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from soundwave_fast.errors import ArgumentParser, UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUSES = ("csrc_triton", "soundwave_fast", "train", "bench", "tests", "docs", ".ci")
@@ -122,19 +123,22 @@ def problems(root: Path = ROOT) -> list[str]:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; 0 if all is well, 1 with problems, 2 if --write cannot work."""
-    parser = argparse.ArgumentParser(prog="python -m tests.repo.docs_check", description=__doc__.splitlines()[0])
+def _run(argv: list[str]) -> int:
+    parser = ArgumentParser(prog="python -m tests.repo.docs_check", description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="rewrite README's file map first")
     try:
         if parser.parse_args(argv).write:
             write_map()
         found = problems()
-    except (OSError, ValueError, SyntaxError) as error:
-        print(f"docs_check: error: {error}", file=sys.stderr)
-        return 2
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}: {error}") from None
     print("\n".join(found) if found else "docs_check: all words hold")
     return 1 if found else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; 0 if all is well, 1 with problems, 2 if --write cannot work."""
+    return run_command("docs_check", _run, argv)
 
 
 if __name__ == "__main__":
