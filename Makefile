@@ -7,7 +7,7 @@
 #   PYTHON=python3.12    the interpreter that creates .venv (>= 3.10; the pinned environment needs >= 3.11)
 #   TORCH_INDEX=URL      package index for torch alone. On the public index torch for Linux is the CUDA build;
 #                        on a machine without a GPU set this to PyTorch's CPU wheel index to avoid CUDA wheels.
-#   CUDA_BUILD=1         take a CUDA build of torch, gigabytes of it, on a machine without a GPU
+#   CUDA_BUILD=1         take a CUDA build of torch, gigabytes of it, on a machine without a GPU (once: it is remembered)
 #   TORCH="torch==2.11"  the torch of a GPU machine [pinned: torch>=2.11,<2.14]; before the environment is made
 #   DEMO_ARGS="..."      passed on to `make demo`
 #   TEST_ARGS="..."      passed on to pytest [-n 2 --dist loadfile: two processes, a file of tests each at a time]
@@ -47,7 +47,7 @@ STAMP := $(VENV)/.stamp
 PIP   := $(PY) -m pip --disable-pip-version-check
 # A container may show the device without nvidia-smi, and a machine may have the tool without /dev/nvidia0.
 HAS_GPU := $(shell [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1 && echo 1)
-CUDA_OK := $(or $(HAS_GPU),$(filter 1,$(CUDA_BUILD)))
+CUDA_OK := $(or $(HAS_GPU),$(filter 1,$(CUDA_BUILD)),$(wildcard $(VENV)/.cuda_build))
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test contract lint bench aot gpu clean FORCE
@@ -71,6 +71,7 @@ $(STAMP): pyproject.toml setup.py constraints-cpu.txt constraints-oldest.txt $(N
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "make env: needs Python >= 3.10; '$(PYTHON)' is not. Set PYTHON=/path/to/python3" >&2; exit 2; }
 	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	@[ "$(CUDA_BUILD)" != 1 ] || touch $(VENV)/.cuda_build
 ifeq ($(HAS_GPU),1)
 	@grep -vE '^(torch|triton|setuptools)==' $(CONSTRAINTS) > $(VENV)/constraints.txt || true
 	$(PIP) install $(UPGRADE) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'

@@ -33,6 +33,7 @@ from soundwave_fast.errors import ArgumentParser, run_command
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536}
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = ("float32", "bfloat16", "float16")
+FILES = ("csrc_triton",)  # what the record depends on; nothing else of the tree need be clean
 SPILL_BYTES = 64  # a few registers at a loop's edge; more would be traffic in the loop
 
 
@@ -288,6 +289,7 @@ def record(kernels: list[Kernel]) -> dict:
     Args:
         kernels: what `inspect` found, of one or several chips.
     """
+    from bench import records
     from bench.machine import describe_machine
 
     machine = describe_machine()
@@ -295,10 +297,10 @@ def record(kernels: list[Kernel]) -> dict:
         "record": "aot",
         "date": datetime.date.today().isoformat(),
         "commit": machine["commit"],
-        "dirty": machine["dirty"],
+        "dirty": records.changed(machine["commit"], (*FILES, "bench/aot.py")) != (),
         "versions": {name: machine["versions"].get(name, "?") for name in ("torch", "triton")},
         "command": "make aot",
-        "files": ["csrc_triton"],
+        "files": list(FILES),
         "spill_bytes": SPILL_BYTES,
         "shared_limits": {kernel.target: kernel.limit for kernel in kernels},
         "kernels": [dataclasses.asdict(kernel) for kernel in kernels],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import signal
 
@@ -19,7 +18,6 @@ from train.data.manifest import read
 from train.evaluate import evaluate
 from train.parallel import World
 from train.scoring import make_batches, make_jobs
-from train.trainer import Trainer
 from train.validation import Validator, subset, untouched
 from train.validation_figures import summary
 
@@ -155,18 +153,6 @@ def test_cached_frames_give_the_same_figures(parts):
     assert first == again == wanted
 
 
-def stop_after(steps: int, monkeypatch, number: int) -> None:
-    """Send this process a signal during the given step of the next run."""
-    real = Trainer._train_step
-
-    def step(self, batches):
-        if self.step + 1 == steps:
-            os.kill(os.getpid(), number)
-        return real(self, batches)
-
-    monkeypatch.setattr(Trainer, "_train_step", step)
-
-
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_run_is_the_same_with_and_without(stage, tiny_parts, speech_dir, tmp_path, number, monkeypatch):
     """Losses bit for bit, also where the run is cut after a validation; the figures are in the rows, and drawn."""
@@ -175,7 +161,7 @@ def test_a_run_is_the_same_with_and_without(stage, tiny_parts, speech_dir, tmp_p
     more += ("--init", str(stage)) if number == 2 else ()
     assert runs.run(number, config, tmp_path / "without", *more) == 0
     with monkeypatch.context() as patch:
-        stop_after(3, patch, signal.SIGINT)
+        runs.stop_after(3, patch, signal.SIGINT)
         assert runs.run(number, config, tmp_path / "with", *more, "run.valid_every=2") == 130
     assert runs.run(number, config, tmp_path / "with", *more, "run.valid_every=2") == 0
     assert runs.losses(tmp_path / "without") == runs.losses(tmp_path / "with")
