@@ -8,7 +8,7 @@
 #   TORCH_INDEX=URL      package index for torch alone. On the public index torch for Linux is the CUDA build;
 #                        on a machine without a GPU set this to PyTorch's CPU wheel index to avoid CUDA wheels.
 #   CUDA_BUILD=1         take a CUDA build of torch, gigabytes of it, on a machine without a GPU (once: it is remembered)
-#   TORCH="torch==2.11"  the torch of a GPU machine [pinned: torch>=2.11,<2.14]; before the environment is made
+#   TORCH="torch==2.11"  the torch of VERSIONS=pinned on a GPU machine [torch>=2.11,<2.14]; before .venv is made
 #   DEMO_ARGS="..."      passed on to `make demo`
 #   TEST_ARGS="..."      passed on to pytest [-n 2 --dist loadfile: two processes, a file of tests each at a time]
 #   SUITE_ARGS="..."     passed on to `make gpu`
@@ -30,12 +30,12 @@ ifeq ($(VERSIONS),pinned)
 else ifeq ($(VERSIONS),oldest)
   VENV := .venv-oldest
   CONSTRAINTS := constraints-oldest.txt
-  TORCH ?= torch==2.11.0
+  TORCH := torch==2.11.0
   TORCH_CPU := $(TORCH)
 else ifeq ($(VERSIONS),newest)
   VENV := .venv-newest
   CONSTRAINTS := /dev/null
-  TORCH ?= torch>=2.11
+  TORCH := torch>=2.11
   TORCH_CPU := $(TORCH)
   UPGRADE := --upgrade --upgrade-strategy eager
   NOW := FORCE

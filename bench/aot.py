@@ -250,7 +250,16 @@ def _variant(function, kernel, dtype: str) -> str:
 def inspect(target: str, dtypes: tuple[str, ...] = DTYPES) -> list[Kernel]:
     """Compile what the ops launch for `target`, forward and backward, in each dtype.
 
-    Raises ValueError for an unknown target; RuntimeError where TRITON_INTERPRET=1.
+    Args:
+        target: one of TARGETS.
+        dtypes: of DTYPES.
+
+    Returns:
+        What each kernel and variant needs there, in order.
+
+    Raises:
+        ValueError: an unknown target.
+        RuntimeError: TRITON_INTERPRET=1.
     """
     from soundwave_fast.ops.backend import use_backend
 
@@ -345,6 +354,7 @@ def _body(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s, or 1 where a kernel is over its budget."""
     return run_command("aot", _body, argv)
 
 

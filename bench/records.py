@@ -20,6 +20,7 @@ from bench.harness import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 AOT, CHANGES = "aot.json", "changes.json"  # in RESULTS, beside the files of pytest-benchmark
+KERNELS = "csrc_triton/"
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,12 @@ class Run:
     """One call of `pytest bench/`, as its JSON file tells it."""
 
     path: Path
-    date: str  # YYYY-MM-DD
+    time: str  # ISO 8601, UTC
     machine: dict
+
+    @property
+    def date(self) -> str:
+        return self.time[:10]
 
     @property
     def device(self) -> str:
@@ -56,7 +61,7 @@ def load(path: Path) -> tuple[Run, list[dict]]:
     """
     try:
         document = json.loads(path.read_text())
-        run = Run(path, document["datetime"][:10], document["machine_info"])
+        run = Run(path, document["datetime"], document["machine_info"])
         entries = [entry for entry in document["benchmarks"] if "op" in entry["extra_info"]]
         return run, [_row(entry, run) for entry in entries]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -90,7 +95,7 @@ def newest_of_each_case(paths: list[Path]) -> dict[str, list[dict]]:
         ValueError: a file that is no results file.
     """
     devices: dict[str, dict[tuple, list[dict]]] = {}
-    for run, rows in sorted(map(load, paths), key=lambda loaded: (loaded[0].date, loaded[0].path.name)):
+    for run, rows in sorted(map(load, paths), key=lambda loaded: (loaded[0].time, loaded[0].path.name)):
         fresh: dict[tuple, list[dict]] = {}
         for row in rows:
             fresh.setdefault(case_of(row), []).append(row)
@@ -115,27 +120,39 @@ def aot_record() -> dict | None:
 
 @dataclass(frozen=True)
 class Changes:
-    """Files whose code is another one than at a commit, by commit, and when that was looked up."""
+    """What the code was compared with, and when; and files whose code differs, per commit that figures were taken at.
+
+    A commit that git did not know (a shallow checkout, figures from elsewhere) maps to None.
+    """
 
     date: str
     commit: str
-    files: dict[str, list[str]]  # of the project, per commit that figures were taken at
+    dirty: bool
+    files: dict[str, list[str] | None]
 
-    def touch(self, commit: str, files: list[str], kernels: bool = True) -> bool:
-        """Whether any of a figure's files (a folder stands for all in it) changed since `commit`.
+    def of(self, commit: str, files: list[str], kernels: bool = True) -> str:
+        """What to say of a figure: "changed", "unknown", or "" where none of its files differs.
 
         Args:
+            commit: what it was taken at.
+            files: what it depends on; a folder stands for all in it.
             kernels: False for a figure taken on a CPU, which runs nothing of csrc_triton.
         """
+        differing = self.files.get(commit)
+        if differing is None:
+            return "unknown" if self.date else ""
         folders = tuple(f"{name.rstrip('/')}/" for name in files)
-        changed = [name for name in self.files.get(commit, ()) if kernels or not name.startswith("csrc_triton/")]
-        return any(name in files or name.startswith(folders) for name in changed)
+        counting = [name for name in differing if kernels or not name.startswith(KERNELS)]
+        return "changed" if any(name in files or name.startswith(folders) for name in counting) else ""
+
+
+NOTHING_KNOWN = Changes("", "", False, {})
 
 
 def changes() -> Changes:
     """What bench/results/changes.json says; nothing changed where there is no such file."""
     path = RESULTS / CHANGES
-    return Changes(**json.loads(path.read_text())) if path.is_file() else Changes("", "", {})
+    return Changes(**json.loads(path.read_text())) if path.is_file() else NOTHING_KNOWN
 
 
 def look_at_changes(figures: list[tuple[str, list[str]]]) -> Changes | None:
@@ -145,22 +162,26 @@ def look_at_changes(figures: list[tuple[str, list[str]]]) -> Changes | None:
         figures: (commit, files that the figure depends on) of each.
 
     Returns:
-        What differs, or None where git cannot tell (no repository, or a commit that it does not hold).
+        What differs, or None where there is no repository to ask.
     """
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return None
     wanted: dict[str, set[str]] = {}
     for commit, files in figures:
         wanted.setdefault(commit, set()).update(files)
-    head = _git("rev-parse", "HEAD")
-    found = {}
-    for commit, files in sorted(wanted.items()):
-        names = changed(commit, tuple(sorted(files)))
-        if names is None or head is None:
-            return None
-        found[commit] = list(names)
-    return Changes(datetime.date.today().isoformat(), head.strip(), found)
+    everything = tuple(sorted(set().union(*wanted.values())))
+    found = {commit: changed(commit, tuple(sorted(files))) for commit, files in sorted(wanted.items())}
+    return Changes(
+        datetime.date.today().isoformat(),
+        head.strip(),
+        changed(head.strip(), everything) != (),
+        {commit: None if names is None else list(names) for commit, names in found.items()},
+    )
 
 
 def write(changes: Changes) -> None:
+    """Write bench/results/changes.json, all of it or nothing."""
     path = RESULTS / CHANGES
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(vars(changes), indent=1) + "\n")
@@ -188,7 +209,9 @@ def changed(commit: str, files: tuple[str, ...]) -> tuple[str, ...] | None:
     listed = _git("diff", "--name-only", "--no-renames", commit, "--", *files)
     if listed is None:
         return None
-    return tuple(name for name in listed.splitlines() if _code(_git("show", f"{commit}:{name}")) != _code(_now(name)))
+    new = _git("ls-files", "--others", "--exclude-standard", "--", *files) or ""
+    names = sorted({*listed.splitlines(), *new.splitlines()})
+    return tuple(name for name in names if _code(_git("show", f"{commit}:{name}")) != _code(_now(name)))
 
 
 def _now(name: str) -> str | None:

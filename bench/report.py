@@ -43,7 +43,7 @@ def _measured(date: str, commit: str) -> str:
 
 
 def _since(changes: Changes, row: dict) -> str:
-    return "changed" if changes.touch(row["commit"], row["files"], row["run"].is_gpu) else ""
+    return changes.of(row["commit"], row["files"], row["run"].is_gpu)
 
 
 def table(rows: list[dict], runs: dict[Path, int], changes: Changes) -> list[str]:
@@ -62,7 +62,7 @@ def table(rows: list[dict], runs: dict[Path, int], changes: Changes) -> list[str
         lines += [f"### {op}", "", f"Measured again by `pytest {files} --benchmark-only`.", ""]
         lines += [
             "| case | provider | times faster than the fastest eager row | than the baseline | p20 / p50 / p80 ms "
-            "| extra peak MiB | % of floor | measured | run | op since |",
+            "| extra peak MiB | % of floor | measured | run | changed since? |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         seen = None
@@ -143,15 +143,16 @@ def headline(device: str, rows: list[dict], changes: Changes) -> list[str]:
         memory = "" if baseline is None or not _mib(mine) else f"{_mib(mine)} / {_mib(baseline)}"
         case = f"{mine['variant']}, " + " ".join(f"{k} {v}" for k, v in mine["shape"].items())
         eager, than = f"**{mine['eager_ratio']:.2f}** ({mine['eager']})", f"{mine['ratio']:.2f} ({mine['baseline']})"
-        since = "; op changed since" if _since(changes, mine) else ""
-        when = _measured(mine["date"], mine["commit"]) + since
+        since = {"changed": "; op changed since", "unknown": "; whether it changed is unknown"}
+        when = _measured(mine["date"], mine["commit"]) + since.get(_since(changes, mine), "")
         lines.append(f"| `{mine['op']}` | {case} | {eager} | {than} | {memory} | {when} |")
-    machine = max((row["run"] for row in rows), key=lambda run: run.date).machine
-    where = f"{machine['device']}, {machine['threads']} threads, torch {machine['versions'].get('torch', '?')}"
+    machines = [run.machine for run in {row["run"].path: row["run"] for row in rows}.values()]
+    names = (f"{m['device']}, {m['threads']} threads, torch {m['versions'].get('torch', '?')}" for m in machines)
+    where = "; ".join(dict.fromkeys(names))
     note = "forward and backward but for hearing, `linear_argmax` and `generate`; every row, with command, spread,"
     note += " peers and where ours is slower"
     lines += ["", f"Measured on {where}: {note}: [bench/RESULTS.md](bench/RESULTS.md)."]
-    points = SCALING / f"{'cuda' if 'cuda' in machine else 'cpu'}.json"
+    points = SCALING / f"{'cuda' if 'cuda' in machines[0] else 'cpu'}.json"
     if points.exists():  # its plots are drawn after this
         picture = points.with_name(f"{points.stem}_linear_ctc_loss.png").relative_to(ROOT)
         lines += ["", f"![linear_ctc_loss as T, B, V and D grow]({picture})"]
@@ -186,7 +187,8 @@ def compose(paths: list[Path], changes: Changes) -> tuple[str, str | None, dict[
     devices = records.newest_of_each_case(paths)
     runs = list({row["run"].path: row["run"] for rows in devices.values() for row in rows}.values())
     numbers = {run.path: number for number, run in enumerate(runs, 1)}
-    looked = f" Looked up on {_measured(changes.date, changes.commit)}." if changes.date else ""
+    dirty = " with uncommitted changes" if changes.dirty else ""
+    looked = f" Compared with {_measured(changes.date, changes.commit)}{dirty}." if changes.date else ""
     lines = [
         "# Results",
         "",
@@ -228,14 +230,14 @@ def scaling(path: Path, changes: Changes) -> list[str]:
         "given, fitted on logarithmic axes.",
         "",
         "| op | along | provider | ms, least ... most | time ~ | extra peak MiB, least ... most | memory ~ | measured "
-        "| op since |",
+        "| changed since? |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for op, along in dict.fromkeys((point["op"], point["along"]) for point in points):
         here = [point for point in points if (point["op"], point["along"]) == (op, along)]
         values = f"{op} | {along} {min(p['value'] for p in here)} ... {max(p['value'] for p in here)}"
         when = "; ".join(dict.fromkeys(_measured(p["date"], p["commit"]) for p in here))
-        since = "changed" if any(changes.touch(p["commit"], p["files"], "cuda" in machine) for p in here) else ""
+        since = max(changes.of(p["commit"], p["files"], "cuda" in machine) for p in here)  # "", "changed", "unknown"
         for provider in (here[0]["baseline"], "ours"):
             line = sorted((p for p in here if p["provider"] == provider), key=lambda p: p["value"])
             grows = plots.exponent([(p["value"], p["seconds"]) for p in line])
@@ -255,11 +257,12 @@ def scaling(path: Path, changes: Changes) -> list[str]:
 def compiled(document: dict, changes: Changes) -> list[str]:
     """RESULTS.md's section on bench/aot.py's record."""
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    since = changes.touch(document["commit"], document["files"])
+    since = changes.of(document["commit"], document["files"]) == "changed"
+    commit = _measured(document["date"], document["commit"]) + " with uncommitted changes" * document["dirty"]
     return [
         "## Kernels compiled ahead of time",
         "",
-        f"{_measured(document['date'], document['commit'])}, {versions}, `{document['command']}`"
+        f"{commit}, {versions}, `{document['command']}`"
         f"{'; kernels have changed since' if since else ''}. Compiled, not run: no chip is needed for it. Every kernel",
         "and variant is in [results/aot.md](results/aot.md).",
         "",
@@ -336,6 +339,7 @@ def _body(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit code is `run_command`'s, or 1 where `--check` finds a difference."""
     return run_command("report", _body, argv)
 
 

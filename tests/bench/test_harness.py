@@ -1,4 +1,4 @@
-"""The benchmarks' machinery: clocks, memory, staleness, the report and the cost model, on cases known beforehand."""
+"""The benchmarks' machinery: clocks, memory, sources of a row and the cost model, on cases known beforehand."""
 
 import os
 import time

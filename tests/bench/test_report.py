@@ -8,7 +8,7 @@ import pytest
 from bench import compare, kernel_tables, records, report
 from bench.records import Changes
 
-NOTHING = Changes("", "", {})
+NOTHING = records.NOTHING_KNOWN
 
 
 def results(commit: str, files: list[str], day: int = 1, ours: float = 0.1, ops: tuple = ("ctc_loss",)) -> dict:
@@ -76,15 +76,27 @@ def test_a_row_whose_op_changed_stays_and_says_so(tmp_path):
     path = written(tmp_path, "cpu_2026_abc", "abcdef0123", ["op.py", "kernels", "csrc_triton"])
     before = report.compose([path], NOTHING)
     for name in ("op.py", "kernels/a.py"):
-        changes = Changes("2026-02-01", "fedcba9876", {"abcdef0123": [name]})
+        changes = Changes("2026-02-01", "fedcba9876", False, {"abcdef0123": [name]})
         text, block, devices = report.compose([path], changes)
         assert text.count("| [1](#runs) | changed |") == 3 and devices == before[2]
-        assert "`abcdef0`; op changed since |" in block and "Looked up on 2026-02-01, `fedcba9`." in text
+        assert "`abcdef0`; op changed since |" in block and "Compared with 2026-02-01, `fedcba9`." in text
     kernels = ["csrc_triton/splice/forward.py"]  # which a CPU does not run
-    for other in ({"abcdef0123": ["other.py", "kernels2/a.py"]}, {"another": ["op.py"]}, {"abcdef0123": kernels}):
-        assert "| changed |" not in report.compose([path], Changes("2026-02-01", "f", other))[0]
+    for other in ["other.py", "kernels2/a.py"], kernels:
+        text = report.compose([path], Changes("2026-02-01", "f", False, {"abcdef0123": other}))[0]
+        assert text.count("| [1](#runs) |  |") == 3
+    for unknown in {"another": ["op.py"]}, {"abcdef0123": None}:
+        text = report.compose([path], Changes("2026-02-01", "f", True, unknown))[0]
+        assert text.count("| [1](#runs) | unknown |") == 3 and "`f` with uncommitted changes." in text
     path = written(tmp_path, "h100_2026_abc", "abcdef0123", ["csrc_triton"])
-    assert "| changed |" in report.compose([path], Changes("2026-02-01", "f", {"abcdef0123": kernels}))[0]
+    text = report.compose([path], Changes("2026-02-01", "f", False, {"abcdef0123": kernels}))[0]
+    assert text.count("| [1](#runs) | changed |") == 3
+
+
+def test_the_later_run_of_a_day_counts(tmp_path):
+    early = written(tmp_path, "cpu_2026-01-01_fff", "f" * 40, ["x"])
+    late = written(tmp_path, "cpu_2026-01-01_000", "0" * 40, ["x"])
+    late.write_text(late.read_text().replace("T10:00:00", "T17:00:00"))
+    assert {row["commit"][0] for row in records.newest_of_each_case([early, late])["cpu"]} == {"0"}
 
 
 def test_a_run_of_one_op_leaves_the_others_standing(tmp_path):
@@ -143,7 +155,11 @@ def test_code_that_changed_is_found_in_the_working_tree_and_in_commits(checkout,
     (tmp_path / "op.py").unlink()
     found = records.look_at_changes([(commit, ["op.py"]), (commit, ["kernels"])])
     assert found.files == {commit: ["kernels/a.py", "op.py"]} and found.commit == checkout("rev-parse", "HEAD")
-    assert records.look_at_changes([("0" * 40, ["op.py"])]) is None, "a commit nobody has"
+    assert found.dirty
+    records.changed.cache_clear()
+    (tmp_path / "kernels" / "new.py").write_text("x = 1\n")
+    found = records.look_at_changes([(commit, ["kernels"]), ("0" * 40, ["op.py"])])
+    assert found.files == {commit: ["kernels/a.py", "kernels/new.py"], "0" * 40: None}, "a commit nobody has"
 
 
 def test_comments_docstrings_and_layout_are_no_change(checkout, tmp_path):
@@ -217,7 +233,9 @@ def test_compiled_kernels_are_shown_with_their_limits():
     assert "| k | float32 | 4 | 2 | **64 / 0 / 99** | 64 / 0 / 1 wgmma |" in text
     assert "| l | float32 | 4 | 2 | n/a | **64 / 65 / 1** |" in text
     assert "| sm_90 | 2 | 64 | 65 (64) | 1 (227) | wgmma |" in report.compiled(document, NOTHING)
-    said = "\n".join(report.compiled(document, Changes("", "", {"abcdef0123": ["csrc_triton/splice/forward.py"]})))
+    said = "\n".join(
+        report.compiled(document, Changes("2026", "f", False, {"abcdef0123": ["csrc_triton/splice/forward.py"]}))
+    )
     assert "kernels have changed since" in said and "2026-01-01, `abcdef0`" in said
 
 

@@ -57,13 +57,13 @@ def test_a_sweep_finds_how_its_providers_grow(toy, tmp_path, monkeypatch, capsys
     assert grows["eager"] == pytest.approx(2, abs=0.3) and grows["ours"] == pytest.approx(1, abs=0.3)
     assert (tmp_path / f"{path.stem}_toy.png").stat().st_size > 10_000
 
-    lines = report.scaling(path, records.Changes("", "", {}))
+    lines = report.scaling(path, records.NOTHING_KNOWN)
     eager, ours = (line for line in lines if line.startswith("|") and ("eager" in line or "ours" in line))
     assert eager.startswith("| toy sleeps | T 1 ... 4 | eager |") and "T^2." in eager.replace("T^1.9", "T^2.")
     assert "T^1." in ours.replace("T^0.9", "T^1.") and ours.endswith("` |  |")
     assert f"![toy sleeps](results/scaling/{path.stem}_toy.png)" in lines
 
-    changes = records.Changes("2026-01-01", "abc", {points[0]["commit"]: ["bench/harness.py"]})
+    changes = records.Changes("2026-01-01", "abc", False, {points[0]["commit"]: ["bench/harness.py"]})
     eager, ours = (x for x in report.scaling(path, changes) if x.startswith("|") and ("eager" in x or "ours" in x))
     assert eager.endswith("| changed |") and ours.endswith("| changed |"), "it stays, and says so"
 
