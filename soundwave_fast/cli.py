@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import sys
 
 from soundwave_fast.commands import DEFAULT_MODEL, info, speech
@@ -64,8 +65,9 @@ def _curate(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    if argv[:1] == ["curate"]:
-        return _curate(argv[1:])
+    begun = list(itertools.dropwhile(lambda text: text == "--debug", argv))  # `run_command` has seen it
+    if begun[:1] == ["curate"]:
+        return _curate(begun[1:])
     args = _parser().parse_args(argv)
     if args.command == "info":
         return info.run(args.checkpoint, args.json)

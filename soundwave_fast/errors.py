@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import errno
 import os
+import select
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import NoReturn
 
 DEBUG = "SOUNDWAVE_DEBUG"  # environment: any value but 0 is --debug for every command
 LONGEST = 400  # characters of a message that is not ours
+WAIT = 5.0  # seconds that a rank leaves to the first one of its node before it says what both may have met
 
 
 class UserError(Exception):
@@ -27,7 +30,16 @@ _DISK = (
 
 
 def disk_error(path: Path, error: OSError, intact: str = "the last checkpoint is intact") -> UserError | None:
-    """The clear line for a full disk or a directory that cannot be written; None for another error."""
+    """What to say of a full disk, or of a directory that cannot be written.
+
+    Args:
+        path: what was being written.
+        error: what the system said of it.
+        intact: what the line says of the work done so far.
+
+    Returns:
+        The error to raise instead; None for an `error` of another kind.
+    """
     if error.errno in _DISK:
         return UserError(f"{path}: {os.strerror(error.errno).lower()}; {intact}")
     return None
@@ -38,10 +50,14 @@ def disk_errors(path: Path, intact: str = "the last checkpoint is intact") -> It
     """A full disk or a directory that cannot be written becomes one clear line.
 
     Args:
+        path: what is written inside the block.
         intact: what the line says of the work done so far.
 
+    Yields:
+        Nothing.
+
     Raises:
-        UserError: in place of the OSError of either; other errors pass.
+        UserError: the disk is full or the directory cannot be written; other errors pass.
     """
     try:
         yield
@@ -53,12 +69,26 @@ def disk_errors(path: Path, intact: str = "the last checkpoint is intact") -> It
 
 
 def one_line(message: object, longest: int | None = LONGEST) -> str:
-    """`message` without line breaks and runs of blanks, cut after `longest` characters (None: whole)."""
+    """A message on one line, without runs of blanks.
+
+    Args:
+        message: anything that has a text, such as an exception.
+        longest: characters after which it is cut; None: it is left whole.
+
+    Returns:
+        The line, without a line break at its end.
+    """
     return " ".join(str(message).split())[:longest]
 
 
 def say(prog: str, message: object, longest: int | None = LONGEST) -> None:
-    """One line `PROG: message` on stderr; nothing where nobody reads stderr any more."""
+    """Print one line `PROG: message` on stderr; nothing where nobody reads stderr any more.
+
+    Args:
+        prog: what the line begins with.
+        message: what is said, put on one line.
+        longest: characters after which the message is cut; None: it is left whole.
+    """
     with contextlib.suppress(BrokenPipeError):
         print(f"{prog}: {one_line(message, longest)}", file=sys.stderr, flush=True)
 
@@ -66,6 +96,18 @@ def say(prog: str, message: object, longest: int | None = LONGEST) -> None:
 def _rank() -> int:
     rank = os.environ.get("RANK", "0")  # torchrun's
     return int(rank) if rank.isdecimal() else 0
+
+
+def _tell(prog: str, text: str, at_once: bool) -> None:
+    """Say why this rank ends; `at_once`: even if all ranks of its node may be about to say the same.
+
+    Otherwise only the first rank of a node speaks at once. The others wait: where that one has ended by the same
+    mistake, torchrun ends them meanwhile; where it has not, they met the mistake without it and say so.
+    """
+    rank = _rank()
+    if rank and not at_once and os.environ.get("LOCAL_RANK") != "0":
+        time.sleep(WAIT)
+    say(f"{prog}, rank {rank}" if rank else prog, text, None)
 
 
 class _Debug(argparse.Action):
@@ -86,9 +128,11 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("--debug", action=_Debug, help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
-        if _rank() == 0:
-            say(self.prog, message, None)
+        _tell(self.prog, message, at_once=False)
         self.exit(2)
+
+
+_CPU_MEMORY = "DefaultCPUAllocator: "  # torch has a class of its own for a GPU's memory alone
 
 
 def _text(error: Exception, value_errors: bool) -> str | None:
@@ -98,6 +142,8 @@ def _text(error: Exception, value_errors: bool) -> str | None:
     kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: their libraries are not imported for it
     if kinds & {"MemoryError", "OutOfMemoryError"}:
         return one_line(f"out of memory ({error})" if str(error) else "out of memory")
+    if isinstance(error, RuntimeError) and _CPU_MEMORY in str(error):
+        return one_line(f"out of memory ({_CPU_MEMORY}{str(error).partition(_CPU_MEMORY)[2]})")
     if kinds & {"SafetensorError", "LibsndfileError", "TemplateError"}:  # a damaged file, or a disk that refuses
         return one_line(f"{type(error).__name__}: {error}")
     if isinstance(error, OSError):
@@ -117,7 +163,20 @@ def _show(error: BaseException) -> None:
     traceback.print_exception(type(error), error, error.__traceback__)
 
 
-def _nobody_reads() -> None:
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that has lost its reader, rather than some other pipe of this process."""
+    try:
+        sys.stdout.flush()
+        poll = select.poll()  # unbuffered, nothing is left to flush
+        poll.register(sys.stdout, 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError, AttributeError):  # no file at all, or a system without poll
+        return False
+
+
+def _drop_stdout() -> None:
     with contextlib.suppress(OSError, ValueError):  # python flushes stdout at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -148,37 +207,35 @@ def run_command(
 ) -> int:
     """Run a command line: every `main` of the project is a call of this.
 
-    A `UserError`, an `OSError` (or what safetensors, libsndfile and jinja say of a file), memory that is not enough
-    and, as the library's ValueErrors name a bad argument, a `ValueError` are one line `PROG: ...` on stderr and exit
-    code 2. Anything else is a mistake of ours and keeps its traceback. Under torchrun what all ranks meet is said by
-    rank 0 alone; what only one of them may have met, a file or memory, that rank says itself. `--debug` (or
-    SOUNDWAVE_DEBUG=1) prints the traceback before the line, on all ranks.
+    A `UserError`, an `OSError` (or what safetensors, libsndfile and jinja say of a file), running out of memory and, as
+    the library's ValueErrors name a bad argument, a `ValueError` are one line `PROG: ...` on stderr and exit code 2.
+    Anything else is a mistake of ours and keeps its traceback. `--debug` (or SOUNDWAVE_DEBUG=1) prints the traceback
+    before the line.
+
+    Under torchrun no rank ends without a word, and what all have met is said once a node: a `UserError`, a `ValueError`
+    or a typing error is said by the first rank of each node at once, by the others after some seconds. torchrun has
+    ended them by then, unless they met the mistake without the first. Everything else, and everything with `--debug`,
+    each rank says at once. Lines of ranks other than 0 begin with `PROG, rank N: `.
 
     Args:
         prog: what the line begins with.
         body: takes the arguments (parsed with `ArgumentParser`) and returns the exit code, None for 0.
         argv: the arguments; the process's own where None.
-        interrupted: what to say after Ctrl-C.
+        interrupted: what to say after Ctrl-C; rank 0 alone says it.
         value_errors: False where a ValueError would more probably be a mistake of ours, as in the middle of a
             training: it keeps its traceback there.
         in_step: whether the ranks of a torchrun do the same, so that all of them meet a mistake. False: each says its
-            own.
+            own at once.
 
     Returns:
         The exit code: the body's; 2; 130 after Ctrl-C; 141 where nobody reads stdout on.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    rank = _rank()
     with _debugging(arguments) as debug:
         try:
             code = int(body(arguments) or 0)
             sys.stdout.flush()
             return code
-        except BrokenPipeError as error:
-            if debug:
-                _show(error)
-            _nobody_reads()
-            return 141
         except (Exception, KeyboardInterrupt) as error:
             stopped = isinstance(error, KeyboardInterrupt)
             text = interrupted if stopped else _text(error, value_errors)
@@ -186,7 +243,10 @@ def run_command(
                 raise
             if debug:
                 _show(error)
-            shared = stopped or (in_step and isinstance(error, (UserError, ValueError)))
-            if rank == 0 or debug or not shared:
-                say(prog if rank == 0 else f"{prog}, rank {rank}", text, None)
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                _drop_stdout()
+                return 141
+            if not stopped or debug or _rank() == 0:
+                by_all = in_step and isinstance(error, (UserError, ValueError))
+                _tell(prog, text, at_once=stopped or debug or not by_all)
             return 130 if stopped else 2

@@ -309,6 +309,39 @@ def test_curate_is_the_trainers(tmp_path, capsys):
     assert stop.value.code == 0 and "curate" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["transcribe", "nowhere", "--model", "nowhere"],
+        ["chat", "nowhere", "--prompt", "What?", "--model", "nowhere"],
+        ["info", "nowhere"],
+        ["convert", "nowhere", "out"],
+        ["curate", "run", "nowhere", "--out", "out", "--model", "m"],
+        ["curate", "prepare", "nowhere", "--out", "out"],
+        ["curate", "transcribe", "nowhere", "--model", "m"],
+        ["curate", "select", "nowhere"],
+        ["curate", "instruct", "nowhere", "--out", "out"],
+        ["curate", "spoken-qa", "--out", "out", "--questions", "nowhere"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_debug_before_and_behind_every_command(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "nowhere" in line
+    for place in {0, 1, len(arguments)}:
+        assert cli.main([*arguments[:place], "--debug", *arguments[place:]]) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" in said and said.endswith("\n" + line)
+
+
+def test_debug_and_curate_alone(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--debug", "curate"])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("soundwave curate: the following arguments")
+
+
 def test_curate_without_the_trainer(tmp_path):
     for name in ("soundwave_fast", "csrc_triton"):  # as an installed library: without train/ beside it
         (tmp_path / name).symlink_to(ROOT / name)

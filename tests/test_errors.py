@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def missing_file(argv: list[str]) -> int:
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    for name in ("RANK", errors.DEBUG):
+    for name in ("RANK", "LOCAL_RANK", errors.DEBUG):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -53,6 +55,15 @@ def plain(monkeypatch):
         (OSError(18, "Invalid cross-device link", "a", None, "b"), "a: b: invalid cross-device link"),
         (MemoryError(), "out of memory"),
         (OutOfMemoryError("CUDA out of memory. Tried 2 GiB."), "out of memory (CUDA out of memory. Tried 2 GiB.)"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            "out of memory (DefaultCPUAllocator: can't allocate memory: 9 bytes)",
+        ),
+        (
+            RuntimeError("[alloc_cpu.cpp:1] . DefaultCPUAllocator: not enough memory: 9 bytes"),
+            "out of memory (DefaultCPUAllocator: not enough memory: 9 bytes)",
+        ),
+        (BrokenPipeError(32, "Broken pipe"), "broken pipe"),
         (SafetensorError("header too small"), "SafetensorError: header too small"),
     ],
     ids=lambda value: type(value).__name__,
@@ -93,14 +104,31 @@ def test_ctrl_c(capsys):
     assert capsys.readouterr().err == "prog: the same command goes on\n"
 
 
-def test_nobody_reads_on():
+def test_what_torch_says_of_a_cpus_memory(capsys):
+    import torch
+
+    assert run_command("prog", lambda argv: torch.empty(10**15).numel(), []) == 2
+    assert capsys.readouterr().err.startswith("prog: out of memory (DefaultCPUAllocator: ")
+
+
+@pytest.mark.parametrize("options", [(), ("-u",)], ids=["buffered", "unbuffered"])
+def test_nobody_reads_on(options):
     """`... | head -1`: no traceback, not even of the flush at python's end."""
     code = "import sys; from soundwave_fast.errors import run_command; "
     code += "sys.exit(run_command('prog', lambda argv: print('a line\\n' * 100_000), []))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    command = [sys.executable, *options, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     process.stdout.readline()
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+def test_another_pipe_that_broke_is_no_reader_gone():
+    """A dead worker's, say: it is said, with stdout a pipe that is still read."""
+    code = "import os, sys; from soundwave_fast.errors import run_command; there, here = os.pipe(); os.close(there); "
+    code += "sys.exit(run_command('prog', lambda argv: os.write(here, b'x'), []))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "prog: broken pipe\n")
 
 
 def nested(argv: list[str]) -> int:
@@ -132,23 +160,68 @@ def test_without_debug_there_is_no_traceback(capsys, monkeypatch):
     assert capsys.readouterr().err == "prog: the mistake\n"
 
 
-@pytest.mark.parametrize("error", [UserError("x"), ValueError("x"), KeyboardInterrupt()])
-def test_what_all_ranks_meet_is_said_by_the_first(error, capsys, monkeypatch):
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """How long ranks have waited before they said something: nothing really waits."""
+    waited: list[float] = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    return waited
+
+
+def disk_full(argv: list[str]) -> None:
+    with disk_errors(Path("out")):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("body", [raising(UserError("x")), raising(ValueError("x")), disk_full])
+def test_what_all_ranks_may_have_met_the_first_of_a_node_says(body, capsys, monkeypatch, waits):
+    for rank, local, waited, begins in (
+        ("0", "0", [], "prog: "),
+        ("8", "0", [], "prog, rank 8: "),
+        ("1", "1", [errors.WAIT], "prog, rank 1: "),
+        ("1", None, [errors.WAIT], "prog, rank 1: "),  # not torchrun's: nobody ends the others
+    ):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if local is not None:
+            monkeypatch.setenv("LOCAL_RANK", local)
+        waits.clear()
+        assert run_command("prog", body, []) == 2
+        said = capsys.readouterr().err
+        assert (waits, said.count("\n")) == (waited, 1) and said.startswith(begins)
+        waits.clear()
+        assert run_command("prog", body, ["--debug"]) == 2
+        assert waits == [] and "Traceback" in capsys.readouterr().err
+
+
+def test_a_rank_that_waits_can_be_ended():
+    code = "import sys; from soundwave_fast import errors; print(flush=True); errors.WAIT = 60; "
+    code += "sys.exit(errors.run_command('prog', lambda argv: int('x'), []))"
+    there = {**os.environ, "RANK": "1", "LOCAL_RANK": "1"}
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=there)
+    process.stdout.readline()
+    time.sleep(0.5)
+    process.terminate()
+    assert (process.communicate()[1], process.returncode) == (b"", -signal.SIGTERM)
+
+
+def test_ctrl_c_is_said_by_one_rank(capsys, monkeypatch, waits):
     monkeypatch.setenv("RANK", "1")
-    assert run_command("prog", raising(error), []) in (2, 130)
-    assert capsys.readouterr() == ("", "")
-    assert run_command("prog", raising(error), ["--debug"]) in (2, 130)
-    assert "Traceback" in capsys.readouterr().err
+    assert run_command("prog", raising(KeyboardInterrupt()), []) == 130
+    assert (capsys.readouterr(), waits) == (("", ""), [])
 
 
-def test_a_rank_says_what_it_alone_may_have_met(capsys, monkeypatch):
+def test_a_rank_says_at_once_what_it_alone_has_met(capsys, monkeypatch, waits):
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
     assert run_command("prog", raising(MemoryError()), []) == 2
     assert run_command("prog", raising(UserError("disk full")), [], in_step=False) == 2
     assert capsys.readouterr().err == "prog, rank 3: out of memory\nprog, rank 3: disk full\n"
+    assert waits == []
 
 
-def test_a_typing_error_is_one_line(capsys, monkeypatch):
+def test_a_typing_error_is_one_line(capsys, monkeypatch, waits):
     parser = ArgumentParser(prog="prog")
     parser.add_subparsers(required=True, dest="command").add_parser("sub").add_argument("--n", type=int)
     for arguments, begins in ((["sub", "--n", "x"], "prog sub: "), (["other"], "prog: "), ([], "prog: ")):
@@ -159,7 +232,7 @@ def test_a_typing_error_is_one_line(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
         parser.parse_args([])
-    assert capsys.readouterr().err == ""
+    assert waits == [errors.WAIT] and capsys.readouterr().err.startswith("prog, rank 1: ")
 
 
 def test_debug_is_everywhere_and_no_argument_of_the_command():

@@ -42,10 +42,14 @@ def _llama(width: int, inner: int, layers: int, heads: int, keys: int, vocabular
 # From the config.json of each model card.
 KNOWN = {
     "package:whisper-tiny.en": _whisper(384, 4, 6),
-    "openai/whisper-small": _whisper(768, 12, 12),
-    "openai/whisper-medium": _whisper(1024, 24, 16),
+    **{f"openai/whisper-tiny{english}": _whisper(384, 4, 6) for english in ("", ".en")},
+    **{f"openai/whisper-base{english}": _whisper(512, 6, 8) for english in ("", ".en")},
+    **{f"openai/whisper-small{english}": _whisper(768, 12, 12) for english in ("", ".en")},
+    **{f"openai/whisper-medium{english}": _whisper(1024, 24, 16) for english in ("", ".en")},
     "openai/whisper-large-v3": _whisper(1280, 32, 20, mels=128),
     "package:smollm2-135m-instruct": _llama(576, 1536, 30, 9, 3, 49152, tied=True),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _llama(576, 1536, 30, 9, 3, 49152, tied=True),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": _llama(960, 2560, 32, 15, 5, 49152, tied=True),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": _llama(2048, 8192, 24, 32, 32, 49152, tied=True),
     "meta-llama/Llama-3.2-1B-Instruct": _llama(2048, 8192, 16, 32, 8, 128256, tied=True),
     "meta-llama/Llama-3.1-8B-Instruct": _llama(4096, 14336, 32, 32, 8, 128256, tied=False),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig
@@ -22,19 +24,30 @@ from soundwave_fast.model.lora import quietly
 from train.config import Config, Model
 
 STAGES = (1, 2, 3)
+_TELLING = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, TemplateError, StrictDataclassError)
+_TERSE = (TypeError, AttributeError, LookupError, ArithmeticError, re.error)  # say little without their name
 
 
 @contextmanager
 def naming(setting: str) -> Iterator[None]:
     """What loaders say of files and settings they cannot take becomes one line that begins with the setting.
 
+    Args:
+        setting: what the loader was given, e.g. 'model.llm'; '' where the error itself names it.
+
+    Yields:
+        Nothing.
+
     Raises:
-        UserError: in place of their error.
+        UserError: the loader failed.
     """
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, TemplateError) as error:
-        raise UserError(f"{setting}{': ' * bool(setting)}{one_line(error, 300)}") from error
+    except Exception as error:
+        if not isinstance(error, _TELLING + _TERSE) and type(error) is not Exception:  # tokenizers raises just that
+            raise
+        kind = f"{type(error).__name__}: " if isinstance(error, _TERSE) else ""
+        raise UserError(f"{setting}{': ' * bool(setting)}{kind}{one_line(error, 300)}") from error
 
 
 def resolve_part(name: str, what: str) -> str:
@@ -144,7 +157,7 @@ def build(
     if previous is None:
         stage_directory.initialise_adapters(model)
     else:
-        with naming("--init"):
+        with naming(f"--init {previous}"):
             check_fits(config, architecture, previous)
             stage_directory.load_adapters(model, previous)
     if stage > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -81,7 +82,7 @@ class Checkpoints:
 
     @property
     def best(self) -> dict | None:
-        """{step, metric, value} of the best checkpoint by validation, or None."""
+        """{step, metric, value, measure} of the best checkpoint by validation, or None."""
         try:
             noted = json.loads((self.folder / BEST).read_text())
             return noted if (self.folder / _name(noted["step"])).is_dir() else None
@@ -93,7 +94,7 @@ class Checkpoints:
 
         Args:
             extra: this rank's own state (data position, counters), pickled as it is.
-            best: {metric, value}, where validation found this the best step so far.
+            best: {metric, value, measure}, where validation found this the best step so far.
 
         Raises:
             UserError: no space or no right to write, now or while the one before was written.
@@ -121,21 +122,25 @@ class Checkpoints:
             temporary.mkdir()
 
     def _together(self, act: Callable[[], None], temporary: Path) -> None:
-        """`act` on every rank; where it fails on one, all raise instead of waiting for it in the next collective."""
+        """`act` on every rank; where it fails on one, all raise instead of waiting for it in the next collective.
+
+        A rank that could itself write says of another which one could not, and why: it may be the first to speak.
+        """
         failed: Exception | None = None
         try:
             with disk_errors(self.folder):
                 act()
         except Exception as error:
             failed = error
-        anywhere = torch.tensor(float(failed is not None))
+        own = None if failed is None else str(failed) if isinstance(failed, UserError) else _line(failed)
+        why: list[str | None] = [own] * self.world.size
         if self.group is not None:
-            dist.all_reduce(anywhere, group=self.group)
-        if not anywhere:
+            dist.all_gather_object(why, own, group=self.group)
+        if not any(why):
             return
         if self.world.main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise failed or UserError(f"{self.folder}: another rank could not write; the last checkpoint is intact")
+        raise failed or next(UserError(f"rank {rank}: {text}") for rank, text in enumerate(why) if text)
 
     def _complete(self, writing: Future, done: Future, temporary: Path, step: int, best: dict | None) -> None:
         """In the writing thread, when all ranks' parts are on disk or one has failed."""
@@ -155,7 +160,7 @@ class Checkpoints:
             return
         if self.world.main:
             shutil.rmtree(temporary, ignore_errors=True)
-        done.set_exception(_told(error, self.folder))
+        done.set_exception(_told(error, self.folder, self.world.rank))
 
     def _prune(self) -> None:
         found, best = all_of(self.folder), self.best
@@ -180,6 +185,9 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Throw away what a run that goes on from `step` would make again. Rank 0 calls it."""
+        best = self.best
+        if best is not None and best["step"] > step:  # or the next checkpoint of that step would be taken for it
+            (self.folder / BEST).unlink()
         for path in all_of(self.folder):
             if step_of(path) > step:
                 shutil.rmtree(path)
@@ -200,7 +208,9 @@ def load(path: Path, model: torch.nn.Module, optimizer: Any, world: World) -> di
     try:
         dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
         extra = torch.load(own if own.exists() else path / "rank0.pt", weights_only=False)
-    except (dcp.api.CheckpointException, OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
+        if not isinstance(extra, dict) or not extra.keys() >= {"rng", "world", "step"}:
+            raise ValueError("no state of a rank")
+    except (dcp.api.CheckpointException, OSError, ValueError, RuntimeError, *_DAMAGED) as error:
         raise UserError(f"{path}: does not fit this run, or is damaged ({_line(_cause(error))})") from None
     set_state_dict(
         model,
@@ -216,6 +226,10 @@ def load(path: Path, model: torch.nn.Module, optimizer: Any, world: World) -> di
         if "cuda" in extra["rng"] and world.device.type == "cuda":
             torch.cuda.set_rng_state(extra["rng"]["cuda"])
     return copy.deepcopy(extra)
+
+
+# what pickle says of bytes that are not, or no longer, its own
+_DAMAGED = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, ImportError, TypeError)
 
 
 def _name(step: int) -> str:
@@ -240,12 +254,14 @@ def _cause(error: BaseException) -> BaseException:
     return _cause(below) if isinstance(error, RuntimeError) and below is not None else error
 
 
-def _told(error: BaseException, folder: Path) -> BaseException:
+def _told(error: BaseException, folder: Path, rank: int) -> UserError:
+    """What rank `rank` says of a checkpoint that could not be written there or on another one."""
     cause = _cause(error)
-    known = disk_error(folder, cause) if isinstance(cause, OSError) else None
-    if known is not None:
-        return known
-    return UserError(f"{folder}: the checkpoint could not be written ({_line(cause)}); the last one is intact")
+    failed = error.failures if isinstance(error, dcp.api.CheckpointException) else {}
+    where = f"rank {next(iter(failed))}: " if failed and rank not in failed else ""
+    if isinstance(cause, OSError) and (known := disk_error(folder, cause)) is not None:
+        return UserError(f"{where}{known}")
+    return UserError(f"{where}{folder}: the checkpoint could not be written ({_line(cause)}); the last one is intact")
 
 
 def _line(error: BaseException) -> str:

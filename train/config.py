@@ -183,6 +183,12 @@ _LEAST = {
     "optim.warmup": 0,
     "optim.accumulate": 1,
     "optim.ctc_candidates": 0,
+    "optim.max_bad_steps": 0,
+    "optim.decay_from": 0,
+    "optim.final_lr": 0,
+    "optim.weight_decay": 0,
+    "model.ctc_weight": 0,
+    "run.seed": 0,
     "run.threads": 0,
     "run.log_every": 1,
     "run.save_every": 0,
@@ -194,12 +200,33 @@ _LEAST = {
 }
 
 
+_MOST = {
+    "optim.decay_from": 1,
+    "run.seed": 2**32 - 1,
+    "run.threads": 4096,
+}
+
+
+def _value(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
 def _check_numbers(config: Config) -> None:
-    for key, least in _LEAST.items():
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if value < least:
-            raise UserError(f"{key}: must be at least {least}, got {value}")
+    """Ranges; NaN lies in none of them."""
+    least = {key: (_value(config, key), bound) for key, bound in _LEAST.items()}
+    least |= {f"optim.trainable: {pattern}": (rate, 0) for pattern, rate in config.optim.trainable.items()}
+    for key, (value, bound) in least.items():
+        if not value >= bound:
+            raise UserError(f"{key}: must be at least {bound}, got {value}")
+    for key, bound in _MOST.items():
+        if not _value(config, key) <= bound:
+            raise UserError(f"{key}: must be at most {bound}, got {_value(config, key)}")
+    shares = {f"model.{name}": (getattr(config.model, name),) for name in ("adapter_dropout", "lora_dropout")}
+    for key, values in {**shares, "optim.betas": config.optim.betas}.items():
+        for value in values:
+            if not 0 <= value < 1:
+                raise UserError(f"{key}: must be at least 0 and below 1, got {value}")
     positive = {f"data.tasks.{task}": weight for task, weight in config.data.tasks.items()}
     positive["data.batch_seconds"] = config.data.batch_seconds
     positive["data.temperature"] = config.data.temperature[0]
@@ -272,6 +299,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise UserError(f"{where}: takes a mapping, got {value!r}")
         return {str(key): _typed(item, args[1], f"{where}.{key}") for key, item in value.items()}
+    if hint is int and isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{where}: too large a number")
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
         try:
             return float(value)

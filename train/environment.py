@@ -61,8 +61,8 @@ def write(folder: Path, world: World, step: int = 0, changed: dict[str, list] | 
     """`environment.json`: one entry for each time the run was started or resumed, newest last.
 
     Args:
-        step: it goes on from.
-        changed: settings that were others before: key -> [before, now].
+        step: the one it goes on from.
+        changed: settings that differed before: key -> [before, now].
     """
     path = folder / FILE
     try:

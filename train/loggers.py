@@ -20,7 +20,14 @@ class Logger(Protocol):
 
 
 def check(names: Iterable[str]) -> None:
-    """Raises UserError for a logger that there is not, or that is not installed; the same on all ranks."""
+    """Whether the loggers named can be had; the same on all ranks of a node.
+
+    Args:
+        names: of loggers, as in `run.loggers`.
+
+    Raises:
+        UserError: there is no such logger, or it is not installed.
+    """
     for name in names:
         if name not in KNOWN:
             raise UserError(f"run.loggers: {name!r} is not one of {', '.join(KNOWN)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,9 @@ from soundwave_fast.errors import ArgumentParser, UserError, disk_errors, run_co
 from train.config import NANO, NEUTRAL, Config, load, preset_for
 
 if TYPE_CHECKING:
-    from train.identity import Held
+    import torch
+
+    from train.identity import Existing
 
 
 def _arguments(stage: int, argv: list[str]) -> argparse.Namespace:
@@ -43,9 +46,10 @@ def _arguments(stage: int, argv: list[str]) -> argparse.Namespace:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto: from the newest checkpoint of this run; never: afresh; PATH: from that checkpoint [%(default)s]",
+        help="auto: from the newest checkpoint of this run; never: afresh; PATH: from that checkpoint, and when the "
+        "same command is repeated, as auto [%(default)s]",
     )
-    parser.add_argument("--overwrite", action="store_true", help="throw away a run with other settings in --out")
+    parser.add_argument("--overwrite", action="store_true", help="throw away a run with different settings in --out")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     return sort_settings(parser.parse_intermixed_args(argv))
 
@@ -111,27 +115,28 @@ def _check_demo(config: Config, stage: int) -> None:
         )
 
 
-def _finished(config: Config, overwrite: bool, resume: str) -> bool:
-    """Whether `run.out` already holds this very run, finished, and nothing is to be done. Writes nothing.
+def _finished(config: Config, device: torch.device, overwrite: bool, resume: str) -> bool:
+    """Whether `run.out` already holds this very run, finished, and there is nothing to do. Writes nothing.
 
     Raises:
         UserError: it holds a run that cannot go on with these settings, and `overwrite` is not set.
     """
     from train import identity
 
-    held = identity.held(config)
-    if held.finished and resume == "auto" and not (held.refused and overwrite):
+    existing = identity.existing_run(config, device)
+    goes_on = resume == "auto" or existing.came_from(resume)
+    if existing.finished and goes_on and not (existing.refused and overwrite):
         return True
-    if held.refused and not overwrite:
-        raise UserError(held.refused)
+    if existing.refused and not overwrite:
+        raise UserError(existing.refused)
     return False
 
 
-def _claim(config: Config, resume: str, held: Held) -> None:
-    """Make `run.out` this run's, throwing away one that cannot go on, or any where `resume` is 'never'.
+def _claim(config: Config, resume: str, existing: Existing) -> None:
+    """Make `run.out` this run's. A run there that cannot go on is thrown away; with `resume` 'never', any run is.
 
     Args:
-        held: what `run.out` holds, as all ranks have read it.
+        existing: what `run.out` holds, as all ranks have read it.
 
     Raises:
         UserError: it cannot be written, or holds the checkpoint to start from.
@@ -140,13 +145,14 @@ def _claim(config: Config, resume: str, held: Held) -> None:
 
     out = Path(config.run.out)
     with disk_errors(out):
-        if held.there and (held.refused or resume == "never"):
+        goes_on = existing.goes_on and resume != "never"
+        if existing.there and not goes_on:
             if resume not in ("auto", "never") and Path(resume).resolve().is_relative_to(out.resolve()):
                 raise UserError(f"--resume {resume}: lies in {out}, which --overwrite would throw away; change --out")
             shutil.rmtree(out)
         (out / identity.DONE).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
-        identity.write(config, held.fingerprints)
+        identity.write(config, existing, keep_origin=goes_on)
 
 
 def check(stage: int, argv: list[str], previous_exists: bool = True) -> Config:
@@ -175,32 +181,31 @@ def main(stage: int, argv: list[str] | None = None) -> int:
     0: done, or stopped by SIGTERM and saved; 2: a mistake of the user's, or a disk that refuses; 130: Ctrl-C, saved.
     The watchdog ends a process that waits for a hung rank with 75.
     """
-    return run_command(
-        f"stage {stage}",
-        lambda argv: _run(stage, argv),
-        argv,
-        interrupted="interrupted; the same command goes on",
-        value_errors=False,
-    )
+    with contextlib.ExitStack() as ending:
+        return run_command(
+            f"stage {stage}",
+            lambda argv: _run(stage, argv, ending),
+            argv,
+            interrupted="interrupted; the same command goes on",
+            value_errors=False,
+        )
 
 
-def _run(stage: int, argv: list[str]) -> int:
+def _run(stage: int, argv: list[str], ending: contextlib.ExitStack) -> int:
     args = _arguments(stage, argv)
     config, why = _config(args, stage)
     from train import identity, parallel
 
-    try:
-        world = parallel.start()
-        if _finished(config, args.overwrite, args.resume):
-            if world.main:
-                done = identity.steps_done(Path(config.run.out))
-                more = f", with {done} steps" if done != config.optim.steps else ""
-                print(f"{config.run.out}: already finished{more}", file=sys.stderr)
-            return 0
-        _check_demo(config, stage)
-        return _train(config, stage, world, args.resume, why)
-    finally:
-        parallel.stop()
+    ending.callback(parallel.stop)  # after an error's line: ranks that wait for this one would fail, and end it first
+    world = parallel.start()
+    if _finished(config, world.device, args.overwrite, args.resume):
+        if world.main:
+            done = identity.steps_done(Path(config.run.out))
+            more = f", with {done} steps" if done != config.optim.steps else ""
+            print(f"{config.run.out}: already finished{more}", file=sys.stderr)
+        return 0
+    _check_demo(config, stage)
+    return _train(config, stage, world, args.resume, why)
 
 
 def _train(config: Config, stage: int, world, resume: str, why: str) -> int:
@@ -218,8 +223,8 @@ def _train(config: Config, stage: int, world, resume: str, why: str) -> int:
     if world.main:
         if why:
             say(f"stage {stage}", why)
-        _claim(config, resume, trainer.held)
-        changed = {change.key: [change.was, change.now] for change in trainer.held.changes if resume != "never"}
+        _claim(config, resume, trainer.existing)
+        changed = {change.key: [change.was, change.now] for change in trainer.existing.changes if resume != "never"}
         with disk_errors(Path(config.run.out)):
             environment.write(Path(config.run.out), world, named_step(trainer.start), changed)
     parallel.barrier()
@@ -228,7 +233,9 @@ def _train(config: Config, stage: int, world, resume: str, why: str) -> int:
         with disk_errors(Path(config.run.out)):
             trainer.run()
     except Interrupted as interruption:
-        trainer.metrics.say(f"interrupted at step {trainer.step}, saved; the same command goes on from here")
+        same = resume == "auto" or trainer.repeated or not (resume == "never" or trainer.own_start)
+        command = f"the same command{'' if same else ' with --resume auto'}"
+        trainer.metrics.say(f"interrupted at step {trainer.step}, saved; {command} goes on from here")
         return interruption.code
     sharded = trainer.validator(trainer.step) if world.size > 1 and trainer.validator is not None else None
     if world.main:

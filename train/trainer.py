@@ -15,7 +15,7 @@ from train import build, checkpoint, freeze, identity, layers, parallel, warm_st
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data.loader import batches_of
-from train.identity import Kind
+from train.kinds import Kind
 from train.metrics import Metrics
 from train.parallel import World
 from train.signals import EXIT, Interrupted, Signals
@@ -31,18 +31,24 @@ class Trainer(TrainStep):
 
     Args:
         resume: 'auto' goes on from the newest checkpoint of the same run in `run.out`, 'never' starts afresh, and a
-            path (a `step-N` folder, or a run's directory) starts from that checkpoint.
+            path (a `step-N` folder, or a run's directory) starts from that checkpoint. A path outside `run.out` given
+            again, once there are checkpoints of the run it began, is 'auto'.
 
     Attributes:
-        held: what `run.out` held before, read by all ranks before rank 0 writes anything.
+        existing: what `run.out` held before, read by all ranks before rank 0 writes anything.
         start: the checkpoint to go on from, or None.
     """
 
     def __init__(self, config: Config, stage: int, world: World, resume: str = "auto") -> None:
         self.out, self.resume_from = Path(config.run.out), resume
-        self.held = identity.held(config)
-        self.start = self._checkpoint(config)  # a mistake in the path is said before the parts are loaded
+        self.existing = identity.existing_run(config, world.device)
+        self.repeated = False  # the `--resume PATH` that began this run came again, and means 'auto'
+        self.start = self._checkpoint(config)  # a mistake in the path is reported before the parts are loaded
         super().__init__(config, stage, world)
+        if self.model.language_model is not None:
+            attention = str(self.model.causal_lm.config._attn_implementation)
+            resolved = {"model.attention": attention, "run.packed": self.packed}
+            self.existing = self.existing.with_resolved(config, resolved)
         self.fitted: float | None = None
         if stage > 1 and not (Path(config.run.init) / stage_directory.LORA).is_dir() and not self.start:
             self.fitted = warm_start.fit_shrinking_adapter(self)
@@ -63,7 +69,7 @@ class Trainer(TrainStep):
         self.signals = Signals()
         wanted = config.data.valid and config.run.valid_utterances and (config.run.valid_every or world.size > 1)
         self.validator = Validator(config, stage, self.model, self.processor, world) if wanted else None
-        self.best: dict | None = None  # {metric, value} of the best step so far, by validation
+        self.best: dict | None = None  # {metric, value, measure} of the best step so far, by validation
         self.place = {"offset": 0, "first": 0, "batches": 0}  # in the data: seed - run.seed, see make_loader, drawn
         self.saved = 0  # the step whose state is among `checkpoints`, or being written there
 
@@ -71,12 +77,19 @@ class Trainer(TrainStep):
         """Where this run starts from, or None: from the beginning."""
         if self.resume_from == "never":
             return None
-        if self.resume_from != "auto":
-            start = checkpoint.find(self.resume_from)
-            if (step := checkpoint.named_step(start) or 0) > config.optim.steps:
-                raise UserError(f"--resume {self.resume_from}: at step {step}, past optim.steps={config.optim.steps}")
-            return start
-        return checkpoint.latest(self.out / "checkpoints") if self.held.goes_on else None  # else it is overwritten
+        own = checkpoint.latest(self.out / "checkpoints") if self.existing.goes_on else None  # else it is overwritten
+        self.repeated = own is not None and self.existing.came_from(self.resume_from)
+        if self.resume_from == "auto" or self.repeated:
+            return own
+        start = checkpoint.find(self.resume_from)
+        if (step := checkpoint.named_step(start) or 0) > config.optim.steps:
+            raise UserError(f"--resume {self.resume_from}: at step {step}, past optim.steps={config.optim.steps}")
+        return start
+
+    @property
+    def own_start(self) -> bool:
+        """Whether it goes on from a checkpoint of `run.out` itself."""
+        return self.start is not None and self.start.resolve().parent == self.checkpoints.folder.resolve()
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -149,7 +162,7 @@ class Trainer(TrainStep):
         return (codes[0] if codes else None), bool(due)
 
     def _validate(self) -> tuple[dict, dict | None]:
-        """Held-out figures where it is time for them; and {metric, value}, where this is the best step so far."""
+        """Held-out figures where it is time for them; and `self.best`, where this is the best step so far."""
         every = self.config.run.valid_every
         if self.validator is None or not every or self.step % every:
             return {}, None
@@ -160,7 +173,7 @@ class Trainer(TrainStep):
             return figures, None
         if self.best is not None and self.best["metric"] == metric and figures[metric] >= self.best["value"]:
             return figures, None
-        self.best = {"metric": metric, "value": figures[metric]}
+        self.best = {"metric": metric, "value": figures[metric], "measure": self.validator.measure}
         return figures, self.best
 
     def _count(self, row: dict) -> None:
@@ -188,36 +201,46 @@ class Trainer(TrainStep):
     def resume(self) -> None:
         """Go on from the checkpoint this run starts from, if there is one; a collective.
 
-        With another number of ranks than before, the weights, moments and the schedule go on; the data is drawn anew
-        from another seed, since its order depends on the number of ranks, and so are dropout's random numbers.
+        If the number of ranks has changed, the weights, moments and the schedule go on; the data is drawn afresh with
+        a new seed, since its order depends on the number of ranks, and so are dropout's random numbers.
         """
         if self.start is None:
             if self.world.main:
                 self.checkpoints.drop_after(-1)
+                identity.note_origin(self.out, None)
                 self.metrics.resume(0)
             self._say_changes()
             return
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         extra = checkpoint.load(self.start, self.model, self.optimizer, self.world)
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group |= own  # a checkpoint of another run brings that one's rates and weight decay
+            group |= own  # a checkpoint of another run brings the rates and weight decay of that run
         self.step, self.bad_steps = extra["step"], extra["bad_steps"]
         self.skipped, self.seen = extra["skipped"], extra["seen"]
         self._take_place(extra)
         parallel.barrier()  # nobody still reads what is thrown away now
         if self.world.main:
-            self.checkpoints.drop_after(self.step)
+            if self.own_start:
+                self.checkpoints.drop_after(self.step)
+            else:  # what `run.out` still has is another run's
+                self.checkpoints.drop_after(-1)
+                identity.note_origin(self.out, identity.origin_of(self.resume_from, self.start, self.step))
         parallel.barrier()
-        if self.start.resolve().parent == self.checkpoints.folder.resolve():
+        if self.own_start:
             self.saved = self.step
-        if not {"data.valid", "run.valid_utterances"} & {change.key for change in self.held.changes}:
-            self.best = self.checkpoints.best  # of other speech, it would be another measure
+        best, validator = self.checkpoints.best, self.validator
+        if best and validator and best.get("measure", validator.measure) == validator.measure:
+            self.best = best  # otherwise it stays on disk until there is a new one
         self.metrics.resume(self.step)
-        whence = f"{self.out} at step {self.step}" if self.resume_from == "auto" else f"from {self.start}"
+        own = self.resume_from == "auto" or self.repeated
+        whence = f"{self.out} at step {self.step}" if own else f"from {self.start}"
         world = (
-            "" if extra["same_world"] else f"; {extra['world']} ranks before, {self.world.size} now: data drawn anew"
+            "" if extra["same_world"] else f"; {extra['world']} ranks before, {self.world.size} now: data drawn afresh"
         )
         self.metrics.say(f"resuming {whence}{world}")
+        if self.repeated and self.world.main and (other := identity.origin_changed(self.existing, self.resume_from)):
+            more = f"which began at step {self.existing.origin['step']} of it; to start from {other}, change --out"
+            self.metrics.say(f"--resume {self.resume_from} has changed and is not read again by this run, {more}")
         self._say_changes()
 
     def _take_place(self, extra: dict) -> None:
@@ -234,13 +257,14 @@ class Trainer(TrainStep):
         self.loader.sampler.skip = self.place["batches"]
 
     def _say_changes(self) -> None:
-        """A line on settings that are others than before, and one on another number of steps."""
+        """A line on settings that differ from before, and one on a different number of steps."""
         if self.resume_from == "never":
             return
-        if others := self.held.changed(Kind.FREE, Kind.ROUNDING):
-            rounded = "; from here on the losses may differ by rounding" if self.held.changed(Kind.ROUNDING) else ""
-            self.metrics.say(f"goes on with other settings: {'; '.join(map(str, others))}{rounded}")
-        for length in self.held.changed(Kind.LENGTH):
+        if different := self.existing.changed(Kind.FREE, Kind.ROUNDING):
+            rounded = self.existing.changed(Kind.ROUNDING)
+            more = "; from here on the losses may differ by rounding" if rounded else ""
+            self.metrics.say(f"goes on with different settings: {'; '.join(map(str, different))}{more}")
+        for length in self.existing.changed(Kind.LENGTH):
             optim = self.config.optim
             was, now = (rate_factor(replace(optim, steps=steps), self.step) for steps in (length.was, length.now))
             rates = f"{now:.3g} of its peak, where it would have been {was:.3g}"

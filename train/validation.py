@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from soundwave_fast.model import SoundwaveProcessor
+from train import fingerprints
 from train.build import frozen_dtype
 from train.config import Config
 from train.data.manifest import Utterance, read
@@ -57,6 +60,10 @@ class Validator:
         model: as it trains, sharded or not.
         world: all its ranks construct and call this together.
 
+    Attributes:
+        measure: a fingerprint of the rows that are scored. The figures of two runs can only be compared if it is the
+            same; moving the manifests does not change it.
+
     Raises:
         UserError: a validation manifest that cannot be read.
     """
@@ -66,6 +73,8 @@ class Validator:
         wanted = config.run.valid_utterances
         rows = [row for path in config.data.valid for row in read(path)] if wanted else []
         self.rows = subset(rows, wanted)
+        scored = [fingerprints.manifests(config.data.valid), len(self.rows)]
+        self.measure = hashlib.sha256(json.dumps(scored).encode()).hexdigest()
         self.with_llm = stage > 1
         questions = tuple(task for task in config.data.tasks if task != "asr")
         jobs = make_jobs(self.rows, questions, self.with_llm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import pickle
 import random
 import resource
 import time
@@ -11,9 +12,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from soundwave_fast.errors import UserError, disk_errors
@@ -136,6 +139,21 @@ def test_a_damaged_one_is_named(tmp_path, broken):
         checkpoint.load(folder, model, optimizer, ONE)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [b"no pickle at all", b"\x80\x04.", b"csys\nnothing\n.", b"cno_module\nx\n.", pickle.dumps([]), pickle.dumps({})],
+)
+def test_a_ranks_own_state_that_is_none_is_named(tmp_path, state):
+    model, optimizer = trained(0, 1)
+    folder = save(tmp_path, 1, model, optimizer)
+    (folder / "rank0.pt").write_bytes(state)
+    with pytest.raises(UserError, match="step-0000001: does not fit this run, or is damaged"):
+        checkpoint.load(folder, model, optimizer, ONE)
+    torch.save(pickle.loads(state) if state[-2:] in (b"].", b"}.") else 5, folder / "rank0.pt")
+    with pytest.raises(UserError, match="no state of a rank"):
+        checkpoint.load(folder, model, optimizer, ONE)
+
+
 def test_one_of_another_model_is_named(tmp_path):
     model, optimizer = trained(0, 1)
     folder = save(tmp_path, 1, model, optimizer)
@@ -179,6 +197,14 @@ def test_no_space(tmp_path, size):
     assert checkpoint.load(checkpoint.latest(tmp_path), model, optimizer, ONE)["step"] == 1
     save(tmp_path, 2, model, optimizer)  # there is room again
     assert names(tmp_path) == ["step-0000002"]
+
+
+def test_the_rank_that_could_not_write_is_named():
+    full = OSError(errno.ENOSPC, "No space left on device")
+    failed = dcp.api.CheckpointException("write", {1: (full, StackSummary())})
+    line = "out: no space left on device; the last checkpoint is intact"
+    assert [str(checkpoint._told(failed, Path("out"), rank)) for rank in (0, 1)] == [f"rank 1: {line}", line]
+    assert str(checkpoint._told(full, Path("out"), 0)) == line
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -63,6 +63,12 @@ def test_overrides_win_and_are_typed(preset):
         ("=3", "overrides look like"),
         ("optim.steps=2026-13-45", "is not a YAML value"),
         (f"optim.clip=1{'0' * 400}", "optim.clip: too large a number"),
+        (f"optim.steps=1{'0' * 30}", "optim.steps: too large a number"),
+        ("run.seed=4294967296", "run.seed: must be at most 4294967295, got 4294967296"),
+        ("optim.betas=[2, 0.9]", "optim.betas: must be at least 0 and below 1, got 2.0"),
+        ("optim.trainable={lora_: -1e-3}", "optim.trainable: lora_: must be at least 0, got -0.001"),
+        ("optim.decay_from=1.1", "optim.decay_from: must be at most 1, got 1.1"),
+        ("optim.final_lr=.nan", "optim.final_lr: must be at least 0, got nan"),
         ("optim.steps=[3", "is not a YAML value"),
     ],
 )

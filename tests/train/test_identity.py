@@ -1,4 +1,4 @@
-"""What a run may be asked on: settings by class, moved and changed files, more or fewer steps, older versions."""
+"""Which changed settings a run accepts: by class, moved and changed files, what auto means, more or fewer steps."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ import yaml
 from tests.model.tiny import write_manifest
 from tests.train import runs
 from tests.train.runs import stop_after, weights
-from train import checkpoint, identity
+from train import checkpoint, identity, kinds
 from train.config import Config, load
-from train.identity import KINDS, Kind, fingerprint, held
+from train.fingerprints import fingerprint
+from train.identity import Existing, existing_run
+from train.kinds import KINDS, Kind
 from train.parallel import World
 from train.step import rate_factor
 from train.trainer import Trainer
 
 CONSTANT = ("optim.warmup=0", "optim.decay_from=1.0", "run.log_every=100")  # the rate does not know the run's length
+CPU = torch.device("cpu")
 QUIET = ("run.valid_utterances=0", "run.log_every=100")
+
+
+def existing(config: Config) -> Existing:
+    return existing_run(config, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +67,7 @@ def begun(asked, tmp_path):
     """The output directory of a run with that config, which has written its settings and nothing else."""
     config = asked()
     (tmp_path / "out").mkdir()
-    identity.write(config, held(config).fingerprints)
+    identity.write(config, existing(config))
     return tmp_path / "out"
 
 
@@ -68,22 +75,22 @@ def test_every_setting_is_in_one_class():
     sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
     keys = {f"{name}.{field.name}" for name, section in sections.items() for field in dataclasses.fields(section)}
     assert KINDS.keys() == keys
-    assert len(KINDS) == sum(map(len, identity._CLASSES.values())), "none is in two"
+    assert len(KINDS) == sum(map(len, kinds.CLASSES.values())), "none is in two"
 
 
 # -- what a directory holds, without training ------------------------------------------------------------------
 
 
 def test_an_empty_directory_holds_nothing(asked):
-    found = held(asked())
+    found = existing(asked())
     assert not found.there and not found.goes_on and not found.refused
 
 
 def test_the_same_run_goes_on(begun, asked):
-    found = held(asked())
+    found = existing(asked())
     assert found.goes_on and not found.finished and not found.changes
     (begun / "done.json").write_text('{"steps": 100}')
-    assert held(asked()).finished
+    assert existing(asked()).finished
 
 
 @pytest.mark.parametrize(
@@ -91,12 +98,12 @@ def test_the_same_run_goes_on(begun, asked):
     [
         ("data.workers=2", Kind.FREE, "data.workers 0 -> 2"),
         ("run.loggers=[wandb]", Kind.FREE, 'run.loggers ["jsonl"] -> ["wandb"]'),
-        ("run.compile=true", Kind.ROUNDING, "run.compile auto -> true"),
+        ("run.compile=true", Kind.ROUNDING, "run.compile auto (false) -> true"),
     ],
 )
 def test_what_goes_on(begun, asked, setting, kind, said):
     (begun / "done.json").write_text('{"steps": 100}')
-    found = held(asked(setting))
+    found = existing(asked(setting))
     assert found.goes_on and [str(change) for change in found.changed(kind)] == [said] and len(found.changes) == 1
     assert found.finished, "there is nothing to do for it"
 
@@ -115,14 +122,14 @@ def test_what_goes_on(begun, asked, setting, kind, said):
     ],
 )  # fmt: skip
 def test_another_run_is_refused(begun, asked, settings, said):
-    found = held(asked(*settings))
-    assert found.refused == f"{begun} holds a run with other settings: {said}; --overwrite it or change --out"
+    found = existing(asked(*settings))
+    assert found.refused == f"{begun} holds a run with different settings: {said}; --overwrite it or change --out"
     assert not found.goes_on and not found.changes
 
 
 def test_the_order_of_patterns_counts(begun, asked, tmp_path):
     (tmp_path / "preset.yaml").write_text("optim: {trainable: {b: 1.0e-3, a: 1.0e-3}, steps: 100}\n")
-    assert "in another order" in held(asked()).refused
+    assert "in another order" in existing(asked()).refused
 
 
 def test_moved_files_are_the_same_files(begun, asked, files, tmp_path):
@@ -132,12 +139,12 @@ def test_moved_files_are_the_same_files(begun, asked, files, tmp_path):
         shutil.move(files[key], path)
     shutil.move(tmp_path / "b.jsonl", tmp_path / "new" / "c.jsonl")
     settings = [f"{key}={path}" for key, path in named.items() if key != "data.train"]
-    found = held(asked(*settings, f"data.train=[{named['data.train']}, {tmp_path / 'new' / 'c.jsonl'}]"))
+    found = existing(asked(*settings, f"data.train=[{named['data.train']}, {tmp_path / 'new' / 'c.jsonl'}]"))
     assert found.goes_on and {change.key for change in found.changes} == set(named)
-    assert held(asked()).goes_on, "that they are gone is for their readers to say"
-    swapped = held(asked(*settings, f"data.train=[{tmp_path / 'new' / 'c.jsonl'}, {named['data.train']}]"))
-    assert "holds a run with other settings: data.train " in swapped.refused
-    gone = held(asked("model.llm=nowhere/llm"))
+    assert existing(asked()).goes_on, "that they are gone is for their readers to say"
+    swapped = existing(asked(*settings, f"data.train=[{tmp_path / 'new' / 'c.jsonl'}, {named['data.train']}]"))
+    assert "holds a run with different settings: data.train " in swapped.refused
+    gone = existing(asked("model.llm=nowhere/llm"))
     assert "model.llm " in gone.refused and "-> nowhere/llm" in gone.refused
 
 
@@ -156,16 +163,16 @@ def test_changed_files_are_refused(begun, asked, files, tmp_path, key, file):
     path = tmp_path / file
     path.write_bytes((path.read_bytes()[:-1] if path.exists() else b"") + b"!")
     what = tmp_path / file if key == "data.train" else files[key]
-    assert held(asked()).refused == (
-        f"{begun} holds a run that began with other files: {key}: the content of {what} changed since the run began; "
-        "--overwrite it or change --out"
+    assert existing(asked()).refused == (
+        f"{begun} holds a run that began with different files: {key}: the content of {what} changed since the run "
+        "began; --overwrite it or change --out"
     )
 
 
 def test_what_is_no_part_of_a_model_may_change(begun, asked, files):
     (files["model.llm"] / "README.md").write_text("hello")
     (files["run.init"] / "done.json").write_text("{}")
-    assert held(asked()).goes_on
+    assert existing(asked()).goes_on
 
 
 def test_manifests_are_compared_as_they_lie(tmp_path):
@@ -184,9 +191,10 @@ def test_manifests_are_compared_as_they_lie(tmp_path):
 def test_a_run_of_an_older_version_is_known_by_its_paths(begun, asked, tmp_path):
     (begun / "identity.json").unlink()
     (tmp_path / "a.jsonl").write_text("other rows")
-    assert held(asked()).goes_on, "nobody noted what they were"
+    assert existing(asked()).goes_on, "nobody noted what they were"
     shutil.copytree(tmp_path / "llm", tmp_path / "copy")
-    assert "holds a run with other settings: model.llm " in held(asked(f"model.llm={tmp_path / 'copy'}")).refused
+    refused = existing(asked(f"model.llm={tmp_path / 'copy'}")).refused
+    assert "holds a run with different settings: model.llm " in refused
 
 
 def test_settings_of_another_version(begun, asked):
@@ -194,33 +202,33 @@ def test_settings_of_another_version(begun, asked):
     tree = yaml.safe_load(path.read_text())
     del tree["run"]["hang_seconds"], tree["model"]["peak_select"]
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    assert held(asked()).goes_on, "they had what is the default now"
+    assert existing(asked()).goes_on, "they had what is the default now"
     tree["model"]["horns"] = 2
     tree["extras"] = {"a": 1}
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    assert "model.horns 2 -> (no such setting); extras" in held(asked()).refused
+    assert "model.horns 2 -> (no such setting); extras" in existing(asked()).refused
     for text in ("{", "[1]", "optim: [1]", "text"):
         path.write_text(text)
-        assert "settings that cannot be read (config.yaml)" in held(asked()).refused
+        assert "settings that cannot be read (config.yaml)" in existing(asked()).refused
 
 
 def test_how_long_it_may_become(begun, asked):
     (begun / "checkpoints" / "step-0000040").mkdir(parents=True)
     for steps in (200, 40):
-        found = held(asked(f"optim.steps={steps}"))
+        found = existing(asked(f"optim.steps={steps}"))
         assert [str(change) for change in found.changed(Kind.LENGTH)] == [f"optim.steps 100 -> {steps}"]
-    assert held(asked("optim.steps=39")).refused == (
+    assert existing(asked("optim.steps=39")).refused == (
         f"{begun} holds a run at step 40, past optim.steps=39; --overwrite it or change --out "
         f"(--resume {begun} starts from its state there)"
     )
     (begun / "done.json").write_text('{"steps": 100}')
-    shorter = held(asked("optim.steps=60"))
+    shorter = existing(asked("optim.steps=60"))
     assert "a run at step 100, past optim.steps=60" in shorter.refused and shorter.finished
-    assert not held(asked("optim.steps=60", "optim.clip=9.0")).finished
-    longer = held(asked("optim.steps=200"))
+    assert not existing(asked("optim.steps=60", "optim.clip=9.0")).finished
+    longer = existing(asked("optim.steps=200"))
     assert longer.goes_on and not longer.finished
     (begun / "checkpoints" / "step-0000040").rmdir()  # older versions kept none of the last step
-    assert "a run finished after 100 steps, without a checkpoint" in held(asked("optim.steps=200")).refused
+    assert "a run finished after 100 steps, without a checkpoint" in existing(asked("optim.steps=200")).refused
 
 
 # -- training on -----------------------------------------------------------------------------------------------
@@ -328,7 +336,7 @@ def test_rounding_is_said(tmp_path, config, monkeypatch, capsys):
         assert runs.run(1, config, tmp_path, *QUIET, "optim.steps=2") == 0
     capsys.readouterr()
     assert runs.run(1, config, tmp_path, *QUIET, "optim.steps=2", "run.threads=2") == 0
-    said = "goes on with other settings: run.threads 1 -> 2; from here on the losses may differ by rounding"
+    said = "goes on with different settings: run.threads 1 -> 2; from here on the losses may differ by rounding"
     assert said in capsys.readouterr().err.splitlines()
 
 
@@ -338,7 +346,7 @@ def test_a_checkpoint_brings_its_state_not_its_settings(tmp_path, config):
     settings = ("optim.weight_decay=0.5", "run.seed=3", "data.batch_size=2", "optim.betas=[0.5, 0.6]")
     asked = load(str(config), 1, {"run.out": str(tmp_path / "b")}, settings)
     (tmp_path / "b").mkdir()
-    trainer = Trainer(asked, 1, World(0, 1, torch.device("cpu")), str(tmp_path / "a"))
+    trainer = Trainer(asked, 1, World(0, 1, CPU), str(tmp_path / "a"))
     trainer.resume()
     assert trainer.step == 2 and trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
     assert all(group["betas"] == (0.5, 0.6) for group in trainer.optimizer.param_groups)

@@ -40,6 +40,26 @@ def test_the_papers_sizes(paper):
     assert paper.fits
 
 
+@pytest.mark.parametrize(
+    ("whisper", "encoder", "llm", "parameters"),
+    [
+        ("openai/whisper-tiny.en", 8.2, "HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
+        ("openai/whisper-tiny", 8.2, "HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120),
+        ("openai/whisper-base", 20.6, "HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384),
+        ("openai/whisper-base.en", 20.6, "HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
+        ("openai/whisper-small.en", 88.2, "HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
+        ("openai/whisper-medium.en", 307.2, "HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
+    ],
+)
+def test_parts_that_are_known_by_their_hub_names(capsys, whisper, encoder, llm, parameters):
+    """No network: millions of the encoder's parameters, and the LLM's as its model card counts them."""
+    parts = [f"model.whisper={whisper}", f"model.llm={llm}"]
+    assert plan.main(["--preset", NEUTRAL, "--gpus", "1", "--stage", "2", *parts]) == 0
+    assert f"stage 2: {whisper} + {llm}" in capsys.readouterr().out
+    counts = memory.parameters(architectures.meta_model(load(NEUTRAL, 2, settings=parts), 2))
+    assert (round(counts["Whisper encoder"].total / 1e6, 1), counts["LLM"].total) == (encoder, parameters)
+
+
 def test_the_presets_trained_parts():
     """Stage 1: adapter and head, or only its blank row; stage 3: LoRA alone."""
     one, three = (plan.make(load("paper", stage), stage, 8, "H100-SXM").parameters for stage in (1, 3))

@@ -153,7 +153,7 @@ def test_two_ranks_begin_and_one_goes_on(tiny_parts, speech_dir, tmp_path, monke
         stop_after(3, patch)
         assert runs.run(1, config, out, *more) == 0
     said = capsys.readouterr().err
-    assert f"resuming {out} at step 2; 2 ranks before, 1 now: data drawn anew" in said
+    assert f"resuming {out} at step 2; 2 ranks before, 1 now: data drawn afresh" in said
     assert "goes on with optim.steps 2 -> 4" in said
     assert runs.run(1, config, out, *more) == 0, "where it was in what was drawn anew"
     assert [row["step"] for row in runs.rows(out)] == [1, 2, 3, 4]
@@ -172,6 +172,44 @@ def test_mistakes_are_one_line_for_all_ranks(tiny_parts, speech_dir, tmp_path):
     )
     _, errors = process.communicate(timeout=120)
     assert errors.count("nowhere.jsonl: no such manifest") == 1 and "trainer.py" not in errors
+    assert "stage 1: nowhere.jsonl" in errors, "the first rank says it, whichever met it first"
+
+
+ALONE = """
+import os, resource, sys
+sys.path.insert(0, {root!r})
+from train import stage
+arguments = sys.argv[1:]
+if os.environ["RANK"] == "1":
+    {change}
+sys.exit(stage.main(1, arguments))
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ('arguments += ["--llm", "/nowhere/llm"]', "stage 1, rank 1: model.llm: "),
+        ('arguments += ["--train", "nowhere.jsonl"]', "stage 1, rank 1: nowhere.jsonl: no such manifest"),
+        # what rank 0 is told: it could write, but does not go on
+        (
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))",
+            "stage 1: rank 1: {out}/checkpoints: file too large; the last checkpoint is intact",
+        ),
+    ],
+    ids=["no LLM", "no manifest", "no space"],
+)
+def test_what_one_rank_meets_alone_is_said(tiny_parts, speech_dir, tmp_path, change, line):
+    """As on a second node that lacks a folder, or whose disk is full."""
+    config, script, out = tmp_path / "tiny.yaml", tmp_path / "alone.py", tmp_path / "out"
+    runs.write_config(config, tiny_parts, speech_dir)
+    script.write_text(ALONE.format(root=str(runs.ROOT), change=change))
+    more = ("--config", str(config), "--out", str(out), "optim.steps=1", "run.valid_utterances=0")
+    process = runs.start(*TORCHRUN, str(script), *more)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    said = [text for text in errors.splitlines() if text.startswith("stage 1")]
+    assert len(said) == 1 and said[0].startswith(line.format(out=out)), errors
 
 
 def test_a_hung_rank_is_named(tiny_parts, speech_dir, tmp_path):

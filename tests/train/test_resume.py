@@ -146,7 +146,7 @@ def test_the_disk_fills_up(tmp_path, config, monkeypatch, capsys):
 
 
 def test_resume_from_an_older_checkpoint(tmp_path, config, capsys):
-    """--resume PATH: into a new directory with other settings, and back within the same one."""
+    """--resume PATH: into a new directory with different settings, and back within the same one."""
     first, second = tmp_path / "first", tmp_path / "second"
     assert runs.run(1, config, first, *LONG, "run.save_every=0", "run.keep=9") == 0
     older = first / "checkpoints" / "step-0000002"
@@ -156,7 +156,7 @@ def test_resume_from_an_older_checkpoint(tmp_path, config, capsys):
     assert runs.losses(second) == runs.losses(first)[2:]
     (first / "done.json").unlink()
     back = (*LONG, "run.save_every=0", "run.keep=9", "--resume", str(older), "optim.clip=2")
-    assert runs.run(1, config, first, *back) == 2, "other settings"
+    assert runs.run(1, config, first, *back) == 2, "different settings"
     assert runs.run(1, config, first, *back, "--overwrite") == 2
     assert "--overwrite would throw away" in capsys.readouterr().err
     before = runs.losses(first)
@@ -179,6 +179,7 @@ def test_the_best_by_validation_stays(stages, tmp_path, config):
     assert list(scored) == [2, 4, 6]
     best = min(scored, key=lambda step: (scored[step], step))
     noted = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
+    assert len(noted.pop("measure")) == 64
     assert noted == {"step": best, "metric": "valid_ctc_wer", "value": scored[best]}
     assert (tmp_path / "checkpoints" / f"step-{best:07d}").is_dir()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -104,6 +105,19 @@ def test_wrong_settings(fails, setting, message):
         "data.tasks={asr: 0}",
         "data.temperature=[0, 1]",
         "run.log_every=0",
+        "run.seed=100000000000000000000",
+        "run.seed=-1",
+        "run.threads=5000",
+        "optim.betas=[2, 0.9]",
+        "optim.betas=[0.9, .nan]",
+        "optim.weight_decay=-1",
+        "optim.weight_decay=.nan",
+        "optim.final_lr=-0.1",
+        "optim.decay_from=1.5",
+        "optim.decay_from=-0.5",
+        "optim.trainable={lora_: -1}",
+        "model.lora_dropout=1.5",
+        "model.ctc_weight=-1",
     ],
 )
 def test_numbers_that_make_no_sense(fails, setting):
@@ -113,7 +127,8 @@ def test_numbers_that_make_no_sense(fails, setting):
 def test_wrong_lora_targets(fails, tmp_path, config):
     stage1 = tmp_path / "stage1"
     assert runs.run(1, config, stage1, "optim.steps=0", "run.valid_utterances=0") == 0
-    fails("model.lora_targets: ", "--init", str(stage1), "model.lora_targets=nothing_like_it", number=2)
+    for targets in ("nothing_like_it", "'['"):
+        fails("model.lora_targets: ", "--init", str(stage1), f"model.lora_targets={targets}", number=2)
 
 
 def test_broken_yaml(fails, tmp_path):
@@ -143,6 +158,39 @@ def test_later_stages_need_init(fails, number):
 def test_init_must_be_a_finished_stage(fails, tmp_path, number):
     (tmp_path / "empty").mkdir()
     fails("not the output of a finished stage", "--init", str(tmp_path / "empty"), number=number)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("config.json", "[]"), ("config.json", "{"), ("lora/adapter_config.json", "[]")]
+)
+def test_init_damaged(fails, tmp_path, stage2, file, text):
+    damaged = shutil.copytree(stage2, tmp_path / "damaged")
+    (damaged / file).write_text(text)
+    fails(f"--init {damaged}: ", "--init", str(damaged), number=3)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"hidden_size": "wide"}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("tokenizer.json", {"model": 5}),  # tokenizers raises a plain Exception
+        ("tokenizer.json", {"added_tokens": 5}),
+    ],
+)
+def test_a_damaged_llm(fails, tmp_path, tiny_parts, file, change):
+    damaged = shutil.copytree(tiny_parts.llm, tmp_path / "damaged")
+    (damaged / file).write_text(json.dumps(json.loads((damaged / file).read_text()) | change))
+    fails("model.llm: ", "--llm", str(damaged))
+
+
+def test_a_damaged_checkpoint(config, tmp_path, capsys):
+    out, more = tmp_path / "out", ("run.valid_utterances=0",)
+    assert runs.run(1, config, out, *more, "optim.steps=1") == 0
+    capsys.readouterr()
+    (out / "checkpoints" / "step-0000001" / "rank0.pt").write_bytes(b"no pickle at all")
+    assert runs.run(1, config, out, *more, "optim.steps=2") == 2
+    assert "step-0000001: does not fit this run, or is damaged (" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_init_with_another_architecture(fails, tmp_path, config):
@@ -180,7 +228,7 @@ def test_out_holds_another_run(fails, tmp_path, capsys):
     out.mkdir()
     (out / "config.yaml").write_text("optim: {steps: 1}\n")
     (out / "precious.txt").write_text("x")
-    fails("holds a run with other settings", kept=("config.yaml", "precious.txt"))
+    fails("holds a run with different settings", kept=("config.yaml", "precious.txt"))
     assert (out / "config.yaml").read_text() == "optim: {steps: 1}\n"
 
 
@@ -197,7 +245,7 @@ def test_out_below_a_file(fails, tmp_path):
 
 
 def test_a_corrected_command_works(fails, config, tmp_path):
-    """After a mistake the same directory can be used: it does not 'hold a run with other settings'."""
+    """After a mistake the same directory can be used: it does not 'hold a run with different settings'."""
     fails("no such manifest", "--train", "nowhere.jsonl")
     assert runs.run(1, config, tmp_path / "out", "optim.steps=1", "run.valid_utterances=0") == 0
 

@@ -38,7 +38,14 @@ class Limits:
     min_language_probability: float = 0.5  # below it the language heard is not believed
 
     def check(self) -> Limits:
-        """Raises UserError naming the option that makes no sense."""
+        """Whether every limit makes sense.
+
+        Returns:
+            These limits.
+
+        Raises:
+            UserError: one does not; the line begins with its option.
+        """
         for field in fields(self):
             value = getattr(self, field.name)
             if not value == value or (field.name != "min_level_db" and value < 0):

@@ -16,8 +16,8 @@ from train.data.batches import BatchMaker
 from train.data.utterance import Utterance
 
 
-class Onward(torch.utils.data.Sampler):
-    """A sampler's batches but for the first `skip`: those are drawn again, and none of their audio is read."""
+class SkipFirst(torch.utils.data.Sampler):
+    """A sampler's batches without the first `skip`: those are drawn, but none of their audio is read."""
 
     def __init__(self, sampler: Iterable, skip: int = 0) -> None:
         self.sampler, self.skip = sampler, skip
@@ -27,7 +27,7 @@ class Onward(torch.utils.data.Sampler):
 
 
 def batches_of(state: dict[str, Any]) -> int:
-    """Batches drawn, by a StatefulDataLoader's own state: what checkpoints held before they held the number."""
+    """Batches drawn, from a StatefulDataLoader's own state: what older checkpoints hold in place of the number."""
     if "_snapshot" in state:  # of worker processes
         return state["_snapshot"]["_snapshot_step"] + state["_steps_since_snapshot"]
     return state["_num_yielded"]
@@ -60,7 +60,7 @@ def make_loader(
     """
     maker = BatchMaker(rows, processor, seed, with_prompts, cached, data)
     measure = maker.measure if with_prompts and data.batch_tokens else None
-    picks = Onward(sampler.build(rows, data, seed, *ranks, first=first, measure=measure))
+    picks = SkipFirst(sampler.build(rows, data, seed, *ranks, first=first, measure=measure))
     workers = 0 if data.cache_frames else data.workers  # a worker process would not see the cache
     own = torch.Generator()  # starting the loader draws from it: the global one is where resumed dropout goes on
     loader = StatefulDataLoader(

