@@ -234,8 +234,12 @@ def test_file_is_read_once(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_tuning_leaves_the_tests_green():
-    """Tests of kernels, of tuning and of the figures pass with another table of sizes, whatever its keys."""
+    """Tests of tuning, of the figures and of some kernels pass with another table of sizes, whatever its keys.
+
+    `pytest tests/ops --tuned` is the same for all kernels; it takes minutes.
+    """
     tests = ["tests/ops/test_tuning.py", "tests/ops/test_peak_gather.py", "tests/bench/test_report.py"]
+    tests += ["tests/contract/test_contract.py"]
     command = [sys.executable, "-m", "pytest", *tests, "-q", "-n", "0", "-p", "no:cacheprovider", "--tuned"]
     command += ["-m", "not slow", "-k", "triton or tuning or report"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
