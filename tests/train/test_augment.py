@@ -12,7 +12,6 @@ from soundwave_fast.errors import UserError
 from soundwave_fast.model import SoundwaveProcessor
 from tests.model import tiny
 from tests.train import runs
-from tests.train.test_validation import stop_after
 from train.config import Data, load
 from train.data.augment import change_speed, mask_spectrogram, speed_of
 from train.data.batches import BatchMaker
@@ -106,7 +105,7 @@ def test_an_augmented_run_resumes_bit_for_bit(tiny_parts, speech_dir, tmp_path, 
     more = ("optim.steps=6", "run.valid_utterances=0", "run.log_every=100")
     assert runs.run(1, config, tmp_path / "whole", *more) == 0
     with monkeypatch.context() as patch:
-        stop_after(3, patch, signal.SIGINT)
+        runs.stop_after(3, patch, signal.SIGINT)
         assert runs.run(1, config, tmp_path / "cut", *more) == 130
     assert runs.run(1, config, tmp_path / "cut", *more) == 0
     assert runs.losses(tmp_path / "cut") == runs.losses(tmp_path / "whole")
