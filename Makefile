@@ -10,7 +10,7 @@
 #   CUDA_BUILD=1         take a CUDA build of torch, gigabytes of it, on a machine without a GPU (once: it is remembered)
 #   TORCH="torch==2.11"  the torch of VERSIONS=pinned on a GPU machine [torch>=2.11,<2.14]; before .venv is made
 #   DEMO_ARGS="..."      passed on to `make demo`
-#   TEST_ARGS="..."      passed on to pytest [-n 2 --dist loadfile: two processes, a file of tests each at a time]
+#   TEST_ARGS="..."      passed on to pytest [two processes, a file of tests each at a time, the longest files first]
 #   SUITE_ARGS="..."     passed on to `make gpu`
 
 PYTHON      ?= python3
@@ -18,7 +18,7 @@ TORCH_INDEX ?=
 CUDA_BUILD  ?=
 VERSIONS    ?= pinned
 DEMO_ARGS   ?=
-TEST_ARGS   ?= -n 2 --dist loadfile
+TEST_ARGS   ?= -n 2 --dist loadfile --no-loadscope-reorder
 SUITE_ARGS  ?=
 
 # TORCH: on a GPU machine; TORCH_CPU: elsewhere.

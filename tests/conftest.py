@@ -39,7 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
         use_other_sizes()
 
 
+# Files of few tests that take minutes. They come first: at the end one process would wait for the other.
+LONGEST = ("bench/test_gpu_suite.py", "bench/test_smoke.py", "gpu/test_rehearsal.py", "bench/test_aot.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
     if torch.cuda.is_available() or os.environ.get("SOUNDWAVE_REHEARSE") == "1":  # see tests/gpu/conftest.py
         return
     for item in items:
