@@ -69,7 +69,8 @@ def test_a_dependency_that_calls_something_deprecated_is_not_ours(modules):
     assert modules[1].new() == "done"
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_other_warnings_are_left_alone(modules):
-    modules[0].old(UserWarning)
-    warnings.warn("of a test's own", DeprecationWarning, stacklevel=1)
+    with pytest.warns(UserWarning, match="old is deprecated"):
+        modules[0].old(UserWarning)
+    with pytest.warns(DeprecationWarning, match="of a test's own"):
+        warnings.warn("of a test's own", DeprecationWarning, stacklevel=1)
